@@ -1,0 +1,3 @@
+"""cloc_mllm: multimodal LLMs that understand regions."""
+
+__version__ = "0.1.0"

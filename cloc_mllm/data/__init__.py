@@ -1,0 +1,1 @@
+"""Schemas, readers, builders and checks for region-text and conversation data."""

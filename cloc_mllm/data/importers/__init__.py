@@ -1,0 +1,1 @@
+"""Public data sets, each in its own official format."""

@@ -1,0 +1,1 @@
+"""Procedural scenes: the stand-in for photographs that needs no network."""

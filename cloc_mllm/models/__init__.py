@@ -1,0 +1,1 @@
+"""What a checkpoint carries: configurations, modeling, processing, box geometry."""

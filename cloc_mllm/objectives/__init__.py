@@ -1,0 +1,1 @@
+"""The losses of CLOC pre-training, global over all ranks."""
