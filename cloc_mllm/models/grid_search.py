@@ -42,9 +42,8 @@ class GridSearch:
         """The first pass's boxes: ``(K, 4)`` xyxy, normalised, clipped to the frame."""
         centres = (torch.arange(self.steps, dtype=torch.float32) + 0.5) / self.steps
         sides = torch.tensor([(s * a**0.5, s / a**0.5) for s in self.scales for a in self.aspects])
-        cy, cx, side = torch.meshgrid(centres, centres, torch.arange(len(sides)), indexing="ij")
-        half = sides[side.flatten()] / 2
-        centre = torch.stack([cx.flatten(), cy.flatten()], dim=-1)
+        centre = torch.cartesian_prod(centres, centres).repeat_interleave(len(sides), dim=0)
+        half = sides.repeat(self.steps**2, 1) / 2
         return torch.cat([centre - half, centre + half], dim=-1).clamp(0, 1)
 
     def __call__(

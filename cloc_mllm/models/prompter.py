@@ -147,12 +147,12 @@ class ClocPrompter(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def embed_boxes(self, boxes: torch.Tensor) -> torch.Tensor:
-        """``(R, 4)`` float32 xyxy boxes, normalised, model frame, to two corner tokens each: ``(R, 2, hidden_size)``."""
+        """``(R, 4)`` float32 xyxy boxes, normalised, model frame, to two corner tokens each, ``(R, 2, width)``."""
         roles = torch.tensor([CoordinateEmbedding.TOP_LEFT, CoordinateEmbedding.BOTTOM_RIGHT], device=boxes.device)
         return self.coordinates(boxes.unflatten(-1, (2, 2)), roles)
 
     def embed_points(self, points: torch.Tensor) -> torch.Tensor:
-        """``(R, 2)`` float32 points, normalised, model frame, to ``(R, 2, hidden_size)``: a box of no size, own role."""
+        """``(R, 2)`` float32 points, normalised, model frame, to ``(R, 2, width)``: a box of no size, own role."""
         roles = torch.tensor([CoordinateEmbedding.POINT] * 2, device=points.device)
         return self.coordinates(points[:, None].expand(-1, 2, -1), roles)
 
