@@ -65,6 +65,11 @@ class Geometry:
         )
 
     @property
+    def content(self) -> torch.Tensor:
+        """``(4,)`` float32 xyxy: the part of the model frame that the picture fills, normalised."""
+        return self.boxes_to_model([0.0, 0.0, float(self.width), float(self.height)])
+
+    @property
     def _scale(self) -> torch.Tensor:
         # From the rounded sizes, not from one common factor: the picture really was resized to them.
         return torch.tensor([self.scaled_width / self.width, self.scaled_height / self.height], dtype=torch.float64)

@@ -38,16 +38,28 @@ class GridSearch:
     refine_span: float = 0.06
     min_iou: float = 0.3
 
-    def boxes(self) -> torch.Tensor:
-        """The first pass's boxes: ``(K, 4)`` xyxy, normalised, clipped to the frame."""
+    def boxes(self, content: torch.Tensor | None = None) -> torch.Tensor:
+        """The first pass's boxes: ``(K, 4)`` xyxy, normalised.
+
+        Args:
+            content: ``(4,)`` the part of the frame that the picture fills; centres are spread over it and boxes are
+                clipped to it, so that no box lies in the padding. Default: all of the frame.
+        """
         centres = (torch.arange(self.steps, dtype=torch.float32) + 0.5) / self.steps
         sides = torch.tensor([(s * a**0.5, s / a**0.5) for s in self.scales for a in self.aspects])
-        centre = torch.cartesian_prod(centres, centres).repeat_interleave(len(sides), dim=0)
+        content = torch.tensor([0.0, 0.0, 1.0, 1.0]) if content is None else content.cpu().float()
+        centre = torch.cartesian_prod(centres, centres) * (content[2:] - content[:2]) + content[:2]
+        centre = centre.repeat_interleave(len(sides), dim=0)
         half = sides.repeat(self.steps**2, 1) / 2
-        return torch.cat([centre - half, centre + half], dim=-1).clamp(0, 1)
+        return _clip(torch.cat([centre - half, centre + half], dim=-1), content)
 
     def __call__(
-        self, embed: RegionEmbedder, text_embeds: torch.Tensor, image_index: torch.Tensor, num_images: int, scale: float
+        self,
+        embed: RegionEmbedder,
+        text_embeds: torch.Tensor,
+        image_index: torch.Tensor,
+        content: torch.Tensor,
+        scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Search.
 
@@ -55,7 +67,7 @@ class GridSearch:
             embed: Takes ``(K, 4)`` boxes, normalised, model frame, and the ``(K,)`` image of each; gives ``(K, D)``.
             text_embeds: ``(R, D)`` phrases.
             image_index: ``(R,)`` the image each phrase is looked for in.
-            num_images: How many images there are.
+            content: ``(B, 4)`` the part of the frame each image fills, normalised xyxy.
             scale: Multiplier of the cosine in the soft-max weights.
 
         Returns:
@@ -65,16 +77,16 @@ class GridSearch:
         device = texts.device
         if not len(texts):
             return torch.zeros(0, 4, device=device), torch.zeros(0, device=device)
-        grid = self.boxes().to(device)
         # One image at a time: every box of the grid at once for a batch of images would be hundreds of prompts each.
         first = torch.zeros(len(texts), 4, device=device)
-        for image in range(num_images):
+        for image, part in enumerate(content):
             wanted = (image_index == image).nonzero()[:, 0]
             if len(wanted):
+                grid = self.boxes(part).to(device)
                 owner = torch.full((len(grid),), image, device=device)
                 regions = functional.normalize(embed(grid, owner).float(), dim=-1)
                 first[wanted] = self._average(grid.expand(len(wanted), -1, -1), texts[wanted] @ regions.T, scale)[0]
-        candidates = self._around(first)
+        candidates = _clip(self._around(first), content.to(device)[image_index][:, None])
         count = candidates.shape[1]
         regions = embed(candidates.flatten(0, 1), image_index.repeat_interleave(count)).float()
         regions = functional.normalize(regions, dim=-1).unflatten(0, (-1, count))
@@ -89,9 +101,15 @@ class GridSearch:
         return (weights[..., None] * chosen).sum(1), best[:, 0]
 
     def _around(self, boxes: torch.Tensor) -> torch.Tensor:
-        """Shifted and resized copies of ``(R, 4)`` boxes: ``(R, K, 4)``, clipped to the frame."""
+        """Shifted and resized copies of ``(R, 4)`` boxes: ``(R, K, 4)``."""
         offsets = torch.linspace(-self.refine_span, self.refine_span, self.refine_steps, device=boxes.device)
         shift = torch.cartesian_prod(offsets, offsets, offsets, offsets)
         centre = (boxes[:, :2] + boxes[:, 2:])[:, None] / 2 + shift[None, :, :2]
         half = ((boxes[:, 2:] - boxes[:, :2])[:, None] + 2 * shift[None, :, 2:]).clamp(min=0.02) / 2
-        return torch.cat([centre - half, centre + half], dim=-1).clamp(0, 1)
+        return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _clip(boxes: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
+    """Cut ``(..., 4)`` boxes at the edges of ``content``, ``(4,)`` or broadcastable to the boxes."""
+    low, high = content[..., :2], content[..., 2:]
+    return torch.maximum(torch.minimum(boxes.unflatten(-1, (2, 2)), high[..., None, :]), low[..., None, :]).flatten(-2)

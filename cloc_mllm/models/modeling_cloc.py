@@ -261,6 +261,7 @@ class ClocModel(ClocPreTrainedModel):
         image_tokens: torch.Tensor,
         text_embeds: torch.Tensor,
         image_index: torch.Tensor | None = None,
+        content: torch.Tensor | None = None,
         search: GridSearch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Localise phrases by searching boxes, with no training beyond the contrastive losses (ours).
@@ -269,6 +270,7 @@ class ClocModel(ClocPreTrainedModel):
             image_tokens: ``(B, N, width)``.
             text_embeds: ``(R, D)`` phrase embeddings, normalised or not.
             image_index: ``(R,)`` the image each phrase is looked for in.
+            content: ``(B, 4)`` the part of the frame each picture fills (:attr:`Geometry.content`); default all of it.
             search: How to search; default :class:`GridSearch`'s own settings.
 
         Returns:
@@ -280,7 +282,9 @@ class ClocModel(ClocPreTrainedModel):
             return self.get_region_features(image_tokens, input_boxes=boxes, image_index=index).pooler_output
 
         scale = float(self.region_logit_scale.exp()) if self.region_logit_scale is not None else 1.0
-        return (search or GridSearch())(embed, text_embeds, image_index, len(image_tokens), scale)
+        if content is None:
+            content = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(image_tokens), 4)
+        return (search or GridSearch())(embed, text_embeds, image_index, content, scale)
 
     @torch.no_grad()
     def ground(self, image: Any, phrases: Sequence[str], processor: Any) -> tuple[list[list[float]], list[float]]:
@@ -297,7 +301,8 @@ class ClocModel(ClocPreTrainedModel):
         inputs = processor(images=[image], text=list(phrases)).to(self.device)
         tokens = self.get_image_features(inputs["pixel_values"]).last_hidden_state
         text_embeds = self.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
-        boxes, scores = self.ground_features(tokens, text_embeds)
+        content = processor.geometry(image).content[None]
+        boxes, scores = self.ground_features(tokens, text_embeds, content=content)
         return processor.post_process_boxes(boxes, image).tolist(), scores.tolist()
 
     def forward(
