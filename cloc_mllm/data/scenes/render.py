@@ -93,7 +93,7 @@ def shape_mask(shape: str, pixels: int, angle: int) -> FloatArray:
     fine = _turned_mask(shape, angle)
     scale = pixels / max(fine.size)
     size = (max(1, round(fine.width * scale)), max(1, round(fine.height * scale)))
-    mask = np.asarray(fine.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
+    mask: FloatArray = np.asarray(fine.resize(size, Image.Resampling.BOX), dtype=np.float32) / np.float32(255)
     # Points of a star can fade below one half in the outermost row: strengthen the border there instead of moving it.
     for row in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
         if row.max() < 0.5:
@@ -112,7 +112,8 @@ def _pattern(texture: str, unit: int, orientation: int) -> npt.NDArray[np.bool_]
         period = unit if orientation < 2 else round(unit * 1.41)
         return (along % period) < 0.45 * period
     cell = (x + unit // 2 * ((y // unit) % 2)) % unit - unit / 2 + 0.5, y % unit - unit / 2 + 0.5
-    return np.hypot(*cell) <= 0.33 * unit
+    dots: npt.NDArray[np.bool_] = np.hypot(*cell) <= 0.33 * unit
+    return dots
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,234 @@
+"""Map-style data sets for training: validated samples with decoded images, the same ones after a resume.
+
+What an item contains depends on (seed, epoch, index) only, never on how many items were drawn before or by which
+worker; so a run that resumes mid-epoch sees exactly what the uninterrupted run would have seen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+
+from cloc_mllm.data.messages import image_items, messages_of, problems_before_messages, with_images
+from cloc_mllm.data.readers import Sample, SampleSource, open_samples, resolve_image, sample_name
+from cloc_mllm.data.schema import conversation_problems, kind_of, raise_first, region_text_problems
+from cloc_mllm.errors import ClocError
+from cloc_mllm.models.image_processing_cloc import load_image
+
+BadSample = Literal["error", "skip"]
+ExtraCaptions = Literal["none", "sample", "append"]
+DataPath = str | Path | Sequence[str | Path] | Sequence[Sample] | SampleSource
+
+_SLOTS = 256
+
+
+def open_image(image: Any, folder: Path | None, file: str | None, sample: str) -> Image.Image:
+    """A decoded RGB image of a sample.
+
+    Raises:
+        ClocError: The file is missing, cut off, or no picture.
+    """
+    if image is None:
+        raise ClocError("the sample names no image", file=file, sample=sample, remedy="Give it 'image'.")
+    try:
+        return load_image(resolve_image(image, folder))
+    except (ValueError, TypeError, AttributeError) as error:
+        remedy = "Restore the file or remove the sample; `cloc-mllm data check` lists all that are broken."
+        raise ClocError(str(error), file=file, sample=sample, remedy=remedy) from error
+
+
+def unique_regions(regions: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each region of an image, whether its text names it alone.
+
+    A region may say so itself ("unique"); otherwise its text is taken to fit another region as well if all of its
+    words are in the other's text ("red circle" and "striped red circle"). Texts that say less than the truth can hide
+    an ambiguity from this rule.
+    """
+    bags = [frozenset(str(region["text"]).lower().split()) for region in regions]
+    return [
+        bool(region["unique"])
+        if isinstance(region.get("unique"), bool)
+        else not any(k != other and bags[k] <= bags[other] for other in range(len(bags)))
+        for k, region in enumerate(regions)
+    ]
+
+
+class _SampleDataset(Dataset[dict[str, Any]], ABC):
+    """What both data sets share: a source, an epoch, and what happens to a broken sample."""
+
+    def __init__(self, source: SampleSource, seed: int, on_bad_sample: BadSample) -> None:
+        if on_bad_sample not in ("error", "skip"):
+            raise ClocError(f"on_bad_sample is '{on_bad_sample}'", remedy="Write error or skip.")
+        if len(source) == 0:
+            raise ClocError("there are no samples", file=source_file(source), remedy="Check the path.")
+        self.source = source
+        self.seed = seed
+        self.on_bad_sample = on_bad_sample
+        # In shared memory, so that workers that live for several epochs see it change and can report what they skipped.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which pass over the data this is; it decides what is drawn from each sample."""
+        self._epoch[0] = epoch
+
+    @property
+    def skipped(self) -> int:
+        """How often a broken sample was replaced by another, in this process and its workers."""
+        return int(self._skipped.sum())
+
+    def where(self, index: int) -> tuple[str | None, str]:
+        """File and name of a sample, for messages."""
+        file, place = self.source.where(index)
+        try:
+            return file, sample_name(self.source[index], place)
+        except ClocError:
+            return file, place
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        # The next sample that is whole stands in for a broken one: batches keep their size on every rank.
+        for step in range(len(self)):
+            try:
+                return self._load((index + step) % len(self))
+            except ClocError:
+                if self.on_bad_sample == "error":
+                    raise
+                worker = get_worker_info()
+                self._skipped[0 if worker is None else 1 + worker.id % (_SLOTS - 1)] += 1
+        raise ClocError("every sample is broken", file=source_file(self.source), remedy="Run `cloc-mllm data check`.")
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int(self._epoch[0]), index])
+
+    @abstractmethod
+    def _load(self, index: int) -> dict[str, Any]:
+        """The item at an index; `ClocError` if its sample is broken."""
+
+
+def source_file(source: SampleSource) -> str | None:
+    """The (first) file of a source."""
+    return source.where(0)[0] if len(source) else getattr(source, "path", None)
+
+
+class RegionTextDataset(_SampleDataset):
+    """Images with captions and some of their regions, for pre-training.
+
+    Args:
+        data: A folder (its `regions.jsonl` or .parquet files), a .jsonl, .json or .parquet file, several of these, or
+            samples in memory.
+        max_regions: Most regions drawn from an image at a time; None for all.
+        seed: Seed of what is drawn.
+        on_bad_sample: "error" stops at a broken sample; "skip" replaces it by the next whole one and counts it
+            (`skipped`).
+        extra_captions: Whether captions also carry the region texts, for a control that sees the same labels without
+            boxes: "none"; "sample" (half of the time the text of a random region stands in for the caption); "append"
+            (the texts of the drawn regions follow the caption).
+
+    Items are dicts: `image` (RGB PIL), `width`, `height`, `caption`, `regions` (each `box` in pixels, `text`, `unique`,
+    and what else the file gives), `id`, `index`.
+
+    Raises:
+        ClocError: A path that cannot be opened; on access, a sample that breaks the schema.
+    """
+
+    def __init__(
+        self,
+        data: DataPath,
+        max_regions: int | None = 4,
+        seed: int = 0,
+        *,
+        on_bad_sample: BadSample = "error",
+        extra_captions: ExtraCaptions = "none",
+    ) -> None:
+        super().__init__(open_samples(data, "regions.jsonl"), seed, on_bad_sample)
+        if extra_captions not in ("none", "sample", "append"):
+            raise ClocError(f"extra_captions is '{extra_captions}'", remedy="Write none, sample or append.")
+        self.max_regions = max_regions
+        self.extra_captions = extra_captions
+
+    def _load(self, index: int) -> dict[str, Any]:
+        raw = self.source[index]
+        file, place = self.source.where(index)
+        name = sample_name(raw, place)
+        image = open_image(raw.get("image"), self.source.folder(index), file, name)
+        raise_first(region_text_problems(raw, image.size), file, name)
+        rng = self._rng(index)
+        unique = unique_regions(raw["regions"])
+        regions = [{**region, "unique": alone} for region, alone in zip(raw["regions"], unique, strict=True)]
+        if self.max_regions is not None and len(regions) > self.max_regions:
+            drawn = np.sort(rng.permutation(len(regions))[: self.max_regions])
+            regions = [regions[int(k)] for k in drawn]
+        return {
+            "image": image,
+            "width": image.width,
+            "height": image.height,
+            "caption": self._caption(raw, regions, rng),
+            "regions": regions,
+            "id": str(raw.get("id", place)),
+            "index": index,
+        }
+
+    def _caption(self, raw: Sample, regions: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> str:
+        captions = raw.get("captions") or [raw["caption"]]
+        caption = str(captions[int(rng.integers(len(captions)))])
+        texts = [str(region["text"]) for region in regions]
+        if not texts or self.extra_captions == "none":
+            return caption
+        if self.extra_captions == "append":
+            return ". ".join([caption.rstrip(". "), *texts])
+        return caption if rng.random() < 0.5 else texts[int(rng.integers(len(texts)))]
+
+
+class ConversationDataset(_SampleDataset):
+    """Conversations with their images, for alignment and instruction tuning.
+
+    Args:
+        data: A folder (its `conversations.jsonl` or .parquet files), a file, several of these, or samples in memory;
+            messages or LLaVA's format.
+        seed: Accepted for symmetry; conversations are used as they are.
+        on_bad_sample: "error" or "skip", as for `RegionTextDataset`.
+        preferred: The file to take in a folder.
+
+    Items are dicts: `messages` (image items hold RGB PIL images), `id`, `task`, `file`, `sample`, `index`.
+
+    Raises:
+        ClocError: A path that cannot be opened; on access, a sample that breaks the schema.
+    """
+
+    def __init__(
+        self,
+        data: DataPath,
+        seed: int = 0,
+        *,
+        on_bad_sample: BadSample = "error",
+        preferred: str = "conversations.jsonl",
+    ) -> None:
+        super().__init__(open_samples(data, preferred), seed, on_bad_sample)
+
+    def _load(self, index: int) -> dict[str, Any]:
+        raw = self.source[index]
+        file, place = self.source.where(index)
+        name = sample_name(raw, place)
+        raise_first(problems_before_messages(raw), file, name)
+        messages = messages_of(raw)
+        folder = self.source.folder(index)
+        images = [open_image(image, folder, file, name) for image in image_items(messages)]
+        asked = kind_of(raw) == "question"
+        raise_first(
+            conversation_problems(raw, messages, [image.size for image in images], answered=not asked), file, name
+        )
+        item = {"messages": with_images(messages, images), "id": str(raw.get("id", place)), "task": raw.get("task", "")}
+        if asked:
+            item |= {key: raw[key] for key in ("kind", "answer", "box", "boxes_in", "heldout") if key in raw}
+        return item | {"file": file, "sample": name, "index": index}
