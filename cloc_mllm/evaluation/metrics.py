@@ -41,9 +41,13 @@ class Metric:
     ci95: tuple[float, float]
     n: int
 
-    def to_dict(self) -> dict[str, float | int | list[float]]:
-        """Return the form that ``report.json`` holds, rounded to six decimals."""
-        return {"value": round(self.value, 6), "ci95": [round(end, 6) for end in self.ci95], "n": self.n}
+    def to_dict(self) -> dict[str, float | int | list[float | None] | None]:
+        """Return the form that ``report.json`` holds: six decimals, and None for NaN, which JSON does not have."""
+        return {"value": _rounded(self.value), "ci95": [_rounded(end) for end in self.ci95], "n": self.n}
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
 
 
 def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:

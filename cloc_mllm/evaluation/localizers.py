@@ -1,0 +1,211 @@
+"""How an encoder is asked where something is: a phrase's embedding in, a box and a point out.
+
+CLOC answers with its BoxHead (trained for it) or by searching a grid of boxes with its Prompter (not trained for it).
+CLIP can do neither, so it is given the same search over pooled patches, and the box around the hot part of its patch
+heat map. All satisfy :class:`Localizer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from cloc_mllm.evaluation.readouts import ClocEncoder, EncodedImages, pool_patches
+from cloc_mllm.models.grid_search import GridSearch
+
+HEATMAP_THRESHOLDS = (0.4, 0.6, 0.8)
+"""Shares of a heat map's range above which it counts as hot; which one is used is chosen on the validation split."""
+_HEATMAP_UPSAMPLE = 4
+_GRID_MEMORY = 2**26
+"""Largest number of token values that a grid search gathers at once: 256 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Answers to "where?".
+
+    Attributes:
+        boxes: (P, 4) xyxy in pixels of each phrase's original image.
+        points: (P, 2) x, y in the same frame.
+    """
+
+    boxes: NDArray[np.float64]
+    points: NDArray[np.float64]
+
+
+class Localizer(Protocol):
+    """One way to find phrases in images."""
+
+    name: str
+    trained: bool
+    """Whether the part that answers was trained on boxes; what was not counts as zero-shot."""
+
+    def locate(self, images: EncodedImages, text_embeds: torch.Tensor, owner: torch.Tensor) -> Located:
+        """Find phrases.
+
+        Args:
+            images: B encoded images.
+            text_embeds: ``(P, D)`` L2-normalised phrase embeddings.
+            owner: ``(P,)`` the image each phrase is looked for in, ascending.
+        """
+        ...
+
+
+class BoxHeadLocalizer:
+    """CLOC's BoxHead on the text-prompted Prompter."""
+
+    name = "box_head"
+    trained = True
+
+    def __init__(self, encoder: ClocEncoder) -> None:
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def locate(self, images: EncodedImages, text_embeds: torch.Tensor, owner: torch.Tensor) -> Located:
+        """See :class:`Localizer`."""
+        boxes = _to_pixels(images, self.encoder.model.predict_boxes(images.tokens, text_embeds, owner), owner)
+        return Located(boxes, _centres(boxes))
+
+
+class GridLocalizer:
+    """Search of a grid of boxes, embedded by the Prompter or, for ``readout="roi"``, by pooled patches."""
+
+    trained = False
+
+    def __init__(self, encoder: ClocEncoder, readout: str, search: GridSearch | None = None) -> None:
+        self.encoder = encoder
+        self.readout = readout
+        self.search = search or GridSearch()
+        self.name = f"grid_{readout}"
+
+    @torch.no_grad()
+    def locate(self, images: EncodedImages, text_embeds: torch.Tensor, owner: torch.Tensor) -> Located:
+        """See :class:`Localizer`."""
+        found = torch.zeros(len(owner), 4)
+        # The refinement embeds a few dozen boxes for each phrase, each with a copy of its image's tokens.
+        per_phrase = self.search.refine_steps**4 * images.tokens[0].numel()
+        for rows in _groups_of_whole_images(owner, max(1, _GRID_MEMORY // per_phrase)):
+            own, index = owner[rows].unique(return_inverse=True)
+            found[rows] = self._search(images, own, text_embeds[rows], index).float().cpu()
+        boxes = _to_pixels(images, found, owner)
+        return Located(boxes, _centres(boxes))
+
+    def _search(
+        self, images: EncodedImages, own: torch.Tensor, text_embeds: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        content = torch.stack([images.geometries[image].content for image in own.tolist()])
+        if self.readout == "prompter":
+            return self.encoder.model.ground_features(images.tokens[own], text_embeds, index, content, self.search)[0]
+        patches = images.patches[own]
+
+        def embed(boxes: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+            return pool_patches(patches, boxes, of)
+
+        return self.search(embed, text_embeds, index, content, self.encoder.scale)[0]
+
+
+class HeatMapLocalizer:
+    """The hot part of the phrase's similarity to every patch: its peak is the point, the box goes around it.
+
+    The map is upsampled bilinearly, scaled to [0, 1] and cut at a threshold; the box encloses the connected part that
+    holds the peak. Patches whose centre lies in the padding never count.
+    """
+
+    trained = False
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.name = f"heatmap_{threshold:g}"
+
+    @torch.no_grad()
+    def locate(self, images: EncodedImages, text_embeds: torch.Tensor, owner: torch.Tensor) -> Located:
+        """See :class:`Localizer`."""
+        patches = functional.normalize(images.patches, dim=-1)
+        side = math.isqrt(patches.shape[1])
+        heat = torch.einsum("pd,pnd->pn", text_embeds, patches[owner]).view(-1, 1, side, side)
+        fine = functional.interpolate(heat, scale_factor=_HEATMAP_UPSAMPLE, mode="bilinear", align_corners=False)[:, 0]
+        inside = self._inside(images, fine.shape[-1]).to(fine.device)[owner]
+        low = fine.masked_fill(~inside, torch.inf).amin(dim=(1, 2), keepdim=True)
+        high = fine.masked_fill(~inside, -torch.inf).amax(dim=(1, 2), keepdim=True)
+        hot = inside & (fine >= low + self.threshold * (high - low))
+        flat = fine.masked_fill(~inside, -torch.inf).flatten(1).argmax(dim=1)
+        cells = fine.shape[-1]
+        peak = torch.zeros_like(hot).flatten(1).scatter(1, flat[:, None], True).view_as(hot)
+        boxes = _enclose(_connected(peak, hot))
+        points = torch.stack([(flat % cells) + 0.5, (flat // cells) + 0.5], dim=-1) / cells
+        as_boxes = torch.cat([points, points], dim=-1).cpu()
+        return Located(_to_pixels(images, boxes.cpu(), owner), _to_pixels(images, as_boxes, owner)[:, :2])
+
+    @staticmethod
+    def _inside(images: EncodedImages, cells: int) -> torch.Tensor:
+        """``(B, cells, cells)``: whether the centre of each cell lies in the picture."""
+        at = (torch.arange(cells) + 0.5) / cells
+        content = torch.stack([geometry.content for geometry in images.geometries])
+        across = (at >= content[:, None, 0]) & (at <= content[:, None, 2])
+        down = (at >= content[:, None, 1]) & (at <= content[:, None, 3])
+        return down[:, :, None] & across[:, None, :]
+
+
+def build_localizers(encoder: ClocEncoder) -> list[Localizer]:
+    """Every way this encoder can be asked where something is."""
+    found: list[Localizer] = []
+    if encoder.model.box_head is not None:
+        found.append(BoxHeadLocalizer(encoder))
+    if encoder.model.prompter is not None:
+        found.append(GridLocalizer(encoder, "prompter"))
+    found.append(GridLocalizer(encoder, "roi"))
+    return [*found, *(HeatMapLocalizer(threshold) for threshold in HEATMAP_THRESHOLDS)]
+
+
+def _to_pixels(images: EncodedImages, boxes: torch.Tensor, owner: torch.Tensor) -> NDArray[np.float64]:
+    """``(P, 4)`` normalised boxes of the model frame to pixels of each one's own image."""
+    result = torch.zeros(len(boxes), 4, dtype=torch.float64)
+    owner = owner.cpu()
+    for image in owner.unique().tolist():
+        rows = owner == image
+        result[rows] = images.geometries[image].boxes_from_model(boxes.detach().cpu()[rows])
+    return np.asarray(result.numpy(), dtype=np.float64)
+
+
+def _centres(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def _groups_of_whole_images(owner: torch.Tensor, at_most: int) -> Sequence[torch.Tensor]:
+    """Split the rows of an ascending ``owner`` into runs of whole images, of ``at_most`` rows if possible."""
+    groups: list[list[int]] = [[]]
+    _, counts = owner.unique_consecutive(return_counts=True)
+    start = 0
+    for count in counts.tolist():
+        if groups[-1] and len(groups[-1]) + count > at_most:
+            groups.append([])
+        groups[-1] += range(start, start + count)
+        start += count
+    return [torch.tensor(rows, device=owner.device) for rows in groups if rows]
+
+
+def _connected(seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Grow ``(P, S, S)`` seeds over the neighbours (eight of them) that are in the mask, until nothing is added."""
+    grown = seed.float()[:, None]
+    allowed = mask.float()[:, None]
+    while True:
+        wider = functional.max_pool2d(grown, 3, stride=1, padding=1) * allowed
+        if torch.equal(wider, grown):
+            return grown[:, 0] > 0
+        grown = wider
+
+
+def _enclose(mask: torch.Tensor) -> torch.Tensor:
+    """``(P, S, S)`` masks, none empty, to the ``(P, 4)`` normalised boxes around them."""
+    cells = mask.shape[-1]
+    across, down = mask.any(dim=1).float(), mask.any(dim=2).float()
+    low = torch.stack([across.argmax(dim=1), down.argmax(dim=1)], dim=-1)
+    high = cells - torch.stack([across.flip(1).argmax(dim=1), down.flip(1).argmax(dim=1)], dim=-1)
+    return torch.cat([low, high], dim=-1) / cells

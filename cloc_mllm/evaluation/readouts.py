@@ -1,0 +1,288 @@
+"""How an encoder is read: images and texts in, one embedding for each box out.
+
+CLIP has no region embedding of its own, so it is read in the two ways in use: crop the box and encode it as an image,
+or pool the patch tokens under the box and send them through CLIP's projection. CLOC is read through its Prompter. All
+of them satisfy :class:`RegionReadout`, so no suite knows which one it measures, and a test can hand it an oracle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers import CLIPVisionModel
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.models.geometry import Geometry
+from cloc_mllm.models.modeling_cloc import ClocModel
+from cloc_mllm.models.processing_cloc import ClocProcessor
+
+Box = Sequence[float]
+
+CROP_MARGIN = 0.1
+"""Crops are widened on every side by this share of the box's longer side, so that an outline is not cut through."""
+ROI_SAMPLES = 4
+"""Bilinear samples of RoI pooling along each side of a box."""
+_TEXT_BATCH = 256
+_CROP_BATCH = 128
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Some images, each encoded once; what every read-out of a box or a phrase starts from.
+
+    Attributes:
+        ids: (B,) what to call the images in messages.
+        pictures: (B,) RGB originals, for read-outs that crop.
+        geometries: (B,) original to model frame.
+        embeds: (B, D) whole-image embeddings, L2-normalised.
+        tokens: (B, N, width) the tower's tokens before pooling and projection.
+        patches: (B, side * side, D) patch tokens in the shared space, not normalised.
+    """
+
+    ids: Sequence[str]
+    pictures: Sequence[Image.Image]
+    geometries: Sequence[Geometry]
+    embeds: torch.Tensor
+    tokens: torch.Tensor
+    patches: torch.Tensor
+
+
+class Encoder(Protocol):
+    """What the suites need of an encoder."""
+
+    name: str
+
+    def encode_images(self, pictures: Sequence[Image.Image], ids: Sequence[str]) -> EncodedImages:
+        """Encode RGB images."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embed texts: ``(T, D)``, L2-normalised."""
+        ...
+
+
+class RegionReadout(Protocol):
+    """One way to embed boxes."""
+
+    name: str
+
+    def embed(self, images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
+        """Embed boxes.
+
+        Args:
+            images: B encoded images.
+            boxes: For each image its boxes, xyxy in pixels of the original.
+
+        Returns:
+            ``(R, D)``, L2-normalised, in order of images, then boxes.
+        """
+        ...
+
+
+class ClocEncoder:
+    """A :class:`ClocModel` (with a Prompter, or without one: plain CLIP) behind the :class:`Encoder` protocol.
+
+    Args:
+        model: The encoder; put into eval mode.
+        processor: The processor saved beside it.
+        name: What reports call it.
+    """
+
+    def __init__(self, model: ClocModel, processor: ClocProcessor, name: str) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.name = name
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str], device: str | None = None) -> ClocEncoder:
+        """Load a checkpoint folder, whatever it is called.
+
+        Raises:
+            ClocError: The folder holds no encoder that can be loaded.
+        """
+        try:
+            model = ClocModel.from_pretrained(path)
+            processor = ClocProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ClocError(f"cannot load this encoder ({error})", file=path) from error
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, str(path))
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of the cosine that the model's soft-max was trained with: for regions if it has one for them."""
+        learned = self.model.region_logit_scale
+        learned = self.model.logit_scale if learned is None else learned
+        return float(learned.detach().float().clamp(max=self.model.config.logit_scale_max).exp())
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Sequence[Image.Image], ids: Sequence[str]) -> EncodedImages:
+        """Encode RGB images; see :class:`EncodedImages`."""
+        pixels = self.processor.image_processor(list(pictures))["pixel_values"].to(self.model.device)
+        output = self.model.get_image_features(pixels)
+        tokens = output.last_hidden_state
+        return EncodedImages(
+            ids=ids,
+            pictures=pictures,
+            geometries=[self.processor.image_processor.geometry(*picture.size) for picture in pictures],
+            embeds=functional.normalize(output.pooler_output.float(), dim=-1),
+            tokens=tokens,
+            patches=self._project_patches(tokens),
+        )
+
+    def _project_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Send patch tokens the way the pooled token goes: post-norm (where the tower leaves it out), projection."""
+        tower = self.model.vision_model
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        patches = tokens[:, -side * side :]
+        if isinstance(tower, CLIPVisionModel):
+            patches = tower.post_layernorm(patches)
+        return self.model.visual_projection(patches).float()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embed texts, short ones together, so that little is padded: ``(T, D)``, L2-normalised."""
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        result = torch.zeros(len(texts), self.model.config.projection_dim, device=self.model.device)
+        for start in range(0, len(texts), _TEXT_BATCH):
+            rows = order[start : start + _TEXT_BATCH]
+            inputs = self.processor.tokenize([texts[row] for row in rows])
+            features = self.model.get_text_features(**{k: v.to(self.model.device) for k, v in inputs.items()})
+            result[rows] = functional.normalize(features.pooler_output.float(), dim=-1)
+        return result
+
+
+class PrompterReadout:
+    """CLOC's own region embedding: the Prompter, or RoI-Align where the checkpoint was trained with it instead."""
+
+    name = "prompter"
+
+    def __init__(self, encoder: ClocEncoder) -> None:
+        encoder.model.require_prompter()
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def embed(self, images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
+        """See :class:`RegionReadout`."""
+        placed, owner = place_boxes(images, boxes)
+        features = self.encoder.model.get_region_features(images.tokens, input_boxes=placed, image_index=owner)
+        return functional.normalize(features.pooler_output.float(), dim=-1)
+
+
+class RoiReadout:
+    """Mean of the patch embeddings sampled under the box. Works for any encoder, trained for it or not."""
+
+    name = "roi"
+
+    @torch.no_grad()
+    def embed(self, images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
+        """See :class:`RegionReadout`."""
+        placed, owner = place_boxes(images, boxes)
+        return functional.normalize(pool_patches(images.patches, placed, owner), dim=-1)
+
+
+class CropReadout:
+    """The box, cut out with a small margin and encoded as an image of its own. Loses the object's size."""
+
+    name = "crop"
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def embed(self, images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
+        """See :class:`RegionReadout`."""
+        crops = [
+            crop_box(picture, box) for picture, of_image in zip(images.pictures, boxes, strict=True) for box in of_image
+        ]
+        parts = [
+            self.encoder.encode_images(part, [str(number) for number in range(len(part))]).embeds
+            for part in (crops[start : start + _CROP_BATCH] for start in range(0, len(crops), _CROP_BATCH))
+        ]
+        return torch.cat(parts) if parts else images.embeds[:0]
+
+
+def build_readouts(encoder: ClocEncoder, names: Sequence[str] | None = None) -> list[RegionReadout]:
+    """Make read-outs by name; by default every one that the encoder has, the Prompter's first.
+
+    Raises:
+        ClocError: A name is unknown, or the encoder has no Prompter.
+    """
+    has_prompter = encoder.model.prompter is not None
+    wanted = list(names) if names else [*(["prompter"] if has_prompter else []), "roi", "crop"]
+    if "prompter" in wanted and not has_prompter:
+        raise ClocError(
+            "this encoder has no Prompter, so it cannot be read through one",
+            file=encoder.name,
+            remedy="Use --method roi or --method crop.",
+        )
+    known: dict[str, RegionReadout] = {"roi": RoiReadout(), "crop": CropReadout(encoder)}
+    if has_prompter:
+        known["prompter"] = PrompterReadout(encoder)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ClocError(f"there is no read-out '{unknown[0]}'", remedy="Choose prompter, roi or crop.")
+    return [known[name] for name in wanted]
+
+
+def place_boxes(images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take ragged pixel boxes to the model frame.
+
+    Returns:
+        ``(R, 4)`` float32 normalised boxes and ``(R,)`` the image of each, on the images' device.
+    """
+    placed, owner = [torch.zeros(0, 4)], []
+    for number, (geometry, of_image) in enumerate(zip(images.geometries, boxes, strict=True)):
+        if len(of_image):
+            placed.append(geometry.boxes_to_model([list(box) for box in of_image]))
+            owner += [number] * len(of_image)
+    device = images.tokens.device
+    return torch.cat(placed).to(device), torch.tensor(owner, dtype=torch.long, device=device)
+
+
+def pool_patches(patches: torch.Tensor, boxes: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """RoI-Align with one sample a bin, averaged over the bins, as one matrix product an image.
+
+    Bilinear sampling on a grid is separable and linear, so the mean over a box's samples is a weighting of the patches;
+    thousands of boxes on one image (the grid search) then cost one small product, and patches are never copied.
+
+    Args:
+        patches: ``(B, side * side, D)``.
+        boxes: ``(R, 4)`` normalised, model frame.
+        owner: ``(R,)`` the image of each box.
+
+    Returns:
+        ``(R, D)``, the same as :func:`cloc_mllm.models.prompter.roi_align` with 4 x 4 samples, averaged.
+    """
+    side = math.isqrt(patches.shape[1])
+    weights_x = _bilinear_weights(boxes[:, 0], boxes[:, 2], side)
+    weights_y = _bilinear_weights(boxes[:, 1], boxes[:, 3], side)
+    weights = (weights_y[:, :, None] * weights_x[:, None, :]).flatten(1)
+    pooled = patches.new_zeros(len(boxes), patches.shape[2])
+    for image in owner.unique().tolist():
+        rows = owner == image
+        pooled[rows] = weights[rows] @ patches[image]
+    return pooled
+
+
+def _bilinear_weights(low: torch.Tensor, high: torch.Tensor, side: int) -> torch.Tensor:
+    """``(R, side)`` mean weight of each column of patches over evenly spread samples between ``low`` and ``high``."""
+    steps = (torch.arange(ROI_SAMPLES, device=low.device, dtype=torch.float32) + 0.5) / ROI_SAMPLES
+    at = ((low[:, None] + (high - low)[:, None] * steps) * side - 0.5).clamp(0, side - 1)
+    columns = torch.arange(side, device=low.device, dtype=torch.float32)
+    return (1 - (at[..., None] - columns).abs()).clamp(min=0).mean(dim=1)
+
+
+def crop_box(picture: Image.Image, box: Box) -> Image.Image:
+    """Cut a box (pixels, xyxy) out with :data:`CROP_MARGIN` around it; never past the picture, never empty."""
+    margin = CROP_MARGIN * max(box[2] - box[0], box[3] - box[1])
+    left = min(max(0, math.floor(box[0] - margin)), picture.width - 1)
+    top = min(max(0, math.floor(box[1] - margin)), picture.height - 1)
+    right = max(left + 1, min(picture.width, math.ceil(box[2] + margin)))
+    bottom = max(top + 1, min(picture.height, math.ceil(box[3] + margin)))
+    return picture.crop((left, top, right, bottom))

@@ -1,0 +1,267 @@
+"""What every evaluation writes: ``report.json`` for programs and ``report.md`` for people.
+
+A report says on what it was measured: which split, how many items of how many, in which coordinate frame, by which
+versions and by which command. A score on a subset never carries the bare name of the split (:class:`DatasetRef`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from cloc_mllm import __version__
+from cloc_mllm.errors import ClocError
+from cloc_mllm.evaluation.metrics import Metric
+
+FRAME = "boxes are [x1, y1, x2, y2] in pixels of the original image"
+
+_VERSIONED = ("torch", "transformers", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """What was evaluated on.
+
+    Attributes:
+        name: The data set: its folder's name, or its preset and seed.
+        split: The split's own name, as in ``test``.
+        n: How many of its images were used.
+        total: How many images the split has.
+        seed: Of the draw, where n < total.
+    """
+
+    name: str
+    split: str
+    n: int
+    total: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= self.total:
+            raise ClocError(f"split '{self.split}' of {self.name} has {self.total} images, {self.n} were asked for")
+
+    @property
+    def label(self) -> str:
+        """The split's name if all of it was used, else a name that says it was not."""
+        if self.n == self.total:
+            return self.split
+        return f"{self.split} subset ({self.n} of {self.total} images, seed {self.seed})"
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Return the report's ``dataset`` entry; ``split`` is :attr:`label`."""
+        return {"name": self.name, "split": self.label, "n": self.n, "of": self.total}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a score may depend on."""
+    found = {"python": platform.python_version(), "cloc_mllm": __version__}
+    for package in _VERSIONED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def build_report(
+    *,
+    suite: str,
+    model: str,
+    dataset: DatasetRef,
+    metrics: Mapping[str, Metric],
+    seconds: float,
+    command: str,
+    unparsed: float = 0.0,
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put one evaluation into the form of ``report.json``.
+
+    Args:
+        suite: The suite's name.
+        model: The checkpoint that was evaluated, as the user named it.
+        dataset: What it was evaluated on.
+        metrics: The numbers.
+        seconds: Wall-clock time of the evaluation, loading included.
+        command: The command that repeats it.
+        unparsed: Share of the answers with boxes that could not be read; 0 where no box is read from text.
+        details: What else a reader needs: the read-outs side by side, choices and what they were made on, baselines.
+
+    Returns:
+        A dictionary of plain JSON values (no NaN: a metric over no item has the value None).
+    """
+    return {
+        "suite": suite,
+        "model": model,
+        "dataset": dataset.to_dict(),
+        "frame": FRAME,
+        "metrics": {name: metric.to_dict() for name, metric in metrics.items()},
+        "unparsed": round(unparsed, 6),
+        "versions": versions(),
+        "seconds": round(seconds, 2),
+        "command": command,
+        "details": plain(details or {}),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Turn metrics inside nested mappings and lists into their dictionaries, and every NaN into None."""
+    if isinstance(value, Metric):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 6)
+    return value
+
+
+def aggregate_metrics(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Join the ``metrics`` of several seeds into one: the mean, every seed's value, and their spread.
+
+    ``ci95`` is the mean of the seeds' intervals. They all rest on the same test images, so averaging models does not
+    narrow that part; what seeds add is reported apart, as ``spread`` (sample standard deviation, smallest, largest).
+
+    Args:
+        runs: One metrics dictionary for each seed, in ``report.json``'s form.
+
+    Returns:
+        Per metric ``value``, ``ci95``, ``n`` and, where there is more than one run, ``seeds`` and ``spread``.
+
+    Raises:
+        ClocError: There is no run, or the runs do not report the same metrics on as many items.
+    """
+    if not runs:
+        raise ClocError("there is no run to average over")
+    if any(set(run) != set(runs[0]) for run in runs):
+        odd = sorted({name for run in runs for name in run} ^ set.intersection(*(set(run) for run in runs)))
+        raise ClocError(f"the runs do not report the same metrics: only some have {', '.join(odd)}")
+    joined = {}
+    for name in runs[0]:
+        entries = [run[name] for run in runs]
+        if len({entry["n"] for entry in entries}) > 1:
+            counts = ", ".join(str(entry["n"]) for entry in entries)
+            raise ClocError(f"the runs measured {name} on different numbers of items: {counts}")
+        joined[name] = _join_seeds(entries)
+    return joined
+
+
+def _join_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values = [entry["value"] for entry in entries]
+    if len(entries) == 1 or any(value is None for value in values):
+        return dict(entries[0]) | ({"seeds": values} if len(entries) > 1 else {})
+    return {
+        "value": round(statistics.fmean(values), 6),
+        "ci95": [round(statistics.fmean(entry["ci95"][end] for entry in entries), 6) for end in (0, 1)],
+        "n": entries[0]["n"],
+        "seeds": values,
+        "spread": {
+            "std": round(statistics.stdev(values), 6),
+            "min": min(values),
+            "max": max(values),
+        },
+    }
+
+
+def aggregate_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the reports of several seeds of one experiment; see :func:`aggregate_metrics`.
+
+    Raises:
+        ClocError: They are not of one suite on one data set.
+    """
+    if not reports:
+        raise ClocError("there is no report to average over")
+    for key in ("suite", "dataset", "frame"):
+        if any(report[key] != reports[0][key] for report in reports):
+            raise ClocError(f"reports with different '{key}' cannot be averaged")
+    return {
+        **reports[0],
+        "model": [report["model"] for report in reports],
+        "metrics": aggregate_metrics([report["metrics"] for report in reports]),
+        "unparsed": round(statistics.fmean(report["unparsed"] for report in reports), 6),
+        "seconds": round(sum(report["seconds"] for report in reports), 2),
+        "command": [report["command"] for report in reports],
+        "details": [report["details"] for report in reports],
+    }
+
+
+def write_report(report: Mapping[str, Any], folder: str | PathLike[str]) -> tuple[Path, Path]:
+    """Write ``report.json`` and ``report.md`` into a folder, which is made if missing.
+
+    Returns:
+        The two paths.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    as_json, as_text = out / "report.json", out / "report.md"
+    as_json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    as_text.write_text(render_markdown(report), encoding="utf-8")
+    return as_json, as_text
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """Write the report for a reader: what was measured, the table of metrics, every table of the details."""
+    dataset = report["dataset"]
+    models = report["model"] if isinstance(report["model"], list) else [report["model"]]
+    commands = report["command"] if isinstance(report["command"], list) else [report["command"]]
+    lines = [
+        f"# {report['suite']}: {', '.join(models)}",
+        "",
+        f"On {dataset['name']}, split {dataset['split']}, {dataset['n']} images; {report['frame']}. "
+        f"Unreadable boxes: {report['unparsed']:.1%}. Took {report['seconds']:.1f} s.",
+        "",
+        *_metric_table(report["metrics"]),
+        "",
+    ]
+    details = report["details"] if isinstance(report["details"], list) else [report["details"]]
+    for number, detail in enumerate(details):
+        prefix = f"Run {number + 1}: " if len(details) > 1 else ""
+        for name, value in detail.items():
+            lines += [f"## {prefix}{name}", "", *_render_detail(value), ""]
+    versions_line = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join([*lines, "## How", "", "```", *commands, "```", "", f"Versions: {versions_line}.", ""])
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"value", "ci95", "n"} <= set(value)
+
+
+def _render_detail(value: Any) -> list[str]:
+    """Render a mapping of metrics, or of mappings of metrics, as tables and everything else as a list."""
+    if not isinstance(value, Mapping):
+        return [str(value)]
+    lines: list[str] = []
+    flat = {name: item for name, item in value.items() if _is_metric(item)}
+    if flat:
+        lines += [*_metric_table(flat), ""]
+    for name, item in value.items():
+        if _is_metric(item):
+            continue
+        if isinstance(item, Mapping) and item and all(_is_metric(entry) for entry in item.values()):
+            lines += [f"### {name}", "", *_metric_table(item), ""]
+        else:
+            lines.append(f"* {name}: {item if isinstance(item, (str, int, float)) else json.dumps(item)}")
+    return lines
+
+
+def _metric_table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    with_seeds = any("seeds" in entry for entry in metrics.values())
+    head = ["metric", "value", "95 % interval", "n", *(["seeds"] if with_seeds else [])]
+    rows = [head, ["---"] * len(head)]
+    for name, entry in metrics.items():
+        low, high = entry["ci95"]
+        row = [name, _percent(entry["value"]), f"{_percent(low)} to {_percent(high)}", str(entry["n"])]
+        rows.append([*row, ", ".join(_percent(value) for value in entry.get("seeds", []))] if with_seeds else row)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
