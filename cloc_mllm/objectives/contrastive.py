@@ -87,10 +87,10 @@ def _gather_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     """Return the multiplier as a 0-dimensional tensor of the losses' dtype and device, keeping its gradient."""
-    scale = torch.as_tensor(logit_scale, device=like.device)
+    scale = torch.as_tensor(logit_scale, dtype=like.dtype, device=like.device)
     if scale.numel() != 1:
         raise ValueError(f"logit_scale must have one element, got shape {tuple(scale.shape)}")
-    return scale.reshape(()).to(like.dtype)
+    return scale.reshape(())
 
 
 def _same_meaning(texts: Tensor, threshold: float) -> Tensor:

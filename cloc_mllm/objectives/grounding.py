@@ -15,6 +15,7 @@ from cloc_mllm.models.boxes import paired_giou, xyxy_to_cxcywh
 from cloc_mllm.objectives.distributed import all_reduce_sum, gather_with_grad
 from cloc_mllm.objectives.precision import full_precision
 
+GroundingKind = Literal["mse", "l1_giou"]
 L1_WEIGHT = 5.0
 """Weight of the L1 term of ``l1_giou``: DETR's (Carion et al., arXiv 2005.12872)."""
 
@@ -22,7 +23,7 @@ GIOU_WEIGHT = 2.0
 """Weight of the GIoU term of ``l1_giou``: DETR's."""
 
 
-def grounding_loss(pred_boxes: Tensor, target_boxes: Tensor, kind: Literal["mse", "l1_giou"] = "mse") -> Tensor:
+def grounding_loss(pred_boxes: Tensor, target_boxes: Tensor, kind: GroundingKind = "mse") -> Tensor:
     """Distance of predicted boxes from true ones, averaged over the boxes of all ranks.
 
     * ``mse``: ``1 / (4 N) * sum of ||pred - target||²``, as published.
