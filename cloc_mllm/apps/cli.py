@@ -1,6 +1,6 @@
 """The `cloc-mllm` command: a table of commands, and the one place where errors become exit codes.
 
-A command is imported only when it is the one asked for, so `cloc-mllm --help` answers at once and never waits for torch.
+A command is imported only when it is the one asked for, so `cloc-mllm --help` answers at once without importing torch.
 Exit codes: 0 only on success, 2 for bad usage or bad input (one message on stderr, no traceback), 130 after Ctrl-C.
 """
 
@@ -46,8 +46,8 @@ class Command:
 
 COMMANDS = (
     Command("demo", "cloc_mllm.apps.commands.demo", "run the whole path once, from data to chat, and write a report"),
-    Command("data", "cloc_mllm.apps.commands.data", "make procedural scenes, convert datasets, check what a dataset holds"),
-    Command("train", "cloc_mllm.apps.commands.train", "explain a training preset: resolved values, batch, what is frozen"),
+    Command("data", "cloc_mllm.apps.commands.data", "make procedural scenes, convert datasets, check a dataset"),
+    Command("train", "cloc_mllm.apps.commands.train", "explain a training preset: values, batch, what is frozen"),
     Command("eval", "cloc_mllm.apps.commands.evaluate", "score an encoder or an MLLM on a suite"),
     Command("chat", "cloc_mllm.apps.commands.chat", "talk with an MLLM about an image and boxes on it"),
     Command("export", "cloc_mllm.apps.commands.export", "write a checkpoint in a layout other programs load"),
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser(arguments)
         args = parser.parse_args(arguments)
         if not hasattr(args, "run"):
-            parser.print_help()
+            parser.print_help(sys.stderr)
             return BAD_INPUT
         code = int(args.run(args))
         sys.stdout.flush()

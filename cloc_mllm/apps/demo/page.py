@@ -1,0 +1,203 @@
+"""Renders the demo's report as one HTML file that carries its pictures and charts inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+from PIL import Image
+
+from cloc_mllm.apps.demo.charts import Curve, interval_bar, line_chart
+from cloc_mllm.apps.demo.findings import majority_of, percent
+from cloc_mllm.apps.demo.progress import format_seconds
+from cloc_mllm.apps.drawing import PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
+from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
+
+ENCODER_METRICS = {
+    "region_top1": "class of a region: shape × colour × texture",
+    "region_macc": "the same, mean over classes",
+    "region_r2t_r1": "text of a region among all",
+    "region_t2r_r1": "region of a text among all",
+    "region_size_acc": "size of a region, apart",
+    "pointing_acc": "point at a phrase's object",
+    "grounding_acc50": "box of a phrase by BoxHead, IoU ≥ 0.5",
+    "grounding_zeroshot_acc50": "box of a phrase by grid search, untrained",
+    "image_i2t_r1": "caption of an image, R@1",
+    "image_t2i_r1": "image of a caption, R@1",
+}
+MLLM_METRICS = {
+    "vqa_acc": "questions about the image",
+    "referring_acc": "what is in a box",
+    "grounding_acc50": "box of a phrase, IoU ≥ 0.5",
+}
+READOUT_METRICS = ("region_top1", "region_macc", "region_r2t_r1", "region_t2r_r1", "region_size_acc")
+MODEL_COLOURS = {
+    "clip": PALETTE[1],
+    "cloc": PALETTE[0],
+    "cloc_prompter": PALETTE[0],
+    "clip_captions": PALETTE[3],
+    "clip_roi": PALETTE[3],
+    "blind": PALETTE[5],
+}
+SHOWN_PICTURES = 8
+SHOWN_CHATS = 4
+
+
+def write_page(report: Mapping[str, Any], out: Path, runs: Mapping[str, Path], images: Path) -> Path:
+    """Write `report.html` beside `report.json`.
+
+    Args:
+        report: The demo's report.
+        out: The demo's output folder.
+        runs: Training run folders by name, for the loss curves.
+        images: The folder that the samples' image paths are relative to.
+
+    Returns:
+        The path of the page.
+    """
+    environment = Environment(
+        loader=PackageLoader("cloc_mllm.apps.demo", "."),
+        autoescape=select_autoescape(default_for_string=True, default=True),
+        undefined=StrictUndefined,
+        trim_blocks=False,
+    )
+    floors = {metric: majority_of(report["baselines"], metric) for metric in {**ENCODER_METRICS, **MLLM_METRICS}}
+    colours = {name: MODEL_COLOURS.get(name, PALETTE[6]) for name in [*report["encoder"], *report["mllm"]]}
+    environment.filters |= {
+        "percent": percent,
+        "duration": format_seconds,
+        "bar": lambda entry, colour, floor: Markup(_bar(entry, colour, floor)),
+        "is_best": _is_best,
+    }
+    pictures, legend = _pictures(report["samples"], images)
+    page = environment.get_template("template.html.j2").render(
+        report=report,
+        floors=floors,
+        colours=colours,
+        encoder_metrics=_present(ENCODER_METRICS, report["encoder"]),
+        mllm_metrics=_present(MLLM_METRICS, report["mllm"]),
+        readouts=[row for row in report["readouts"] if row["metrics"]],
+        readout_metrics=READOUT_METRICS,
+        charts=[Markup(chart) for chart in loss_charts(runs)],
+        pictures=pictures,
+        legend=legend,
+        chats=_chats(report["samples"], images),
+        chat_command=chat_command(report, images),
+    )
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _bar(entry: Mapping[str, Any], colour: str, floor: float | None) -> str:
+    low, high = entry["ci95"]
+    return interval_bar(entry["value"], low, high, colour, floor)
+
+
+def loss_charts(runs: Mapping[str, Path]) -> list[str]:
+    """Return one chart for each loss that the runs logged, runs of one stage together.
+
+    Args:
+        runs: Run folders by name; the name's last part tells the stage (`align`, `instruct`), encoders have none.
+
+    Returns:
+        `<svg>` elements.
+    """
+    charts: dict[tuple[str, str], list[Curve]] = {}
+    for name, folder in runs.items():
+        stage = {"align": "alignment", "instruct": "instruction tuning"}.get(Path(name).name, "pre-training")
+        label = name.replace("encoders/", "").replace("mllm/", "").removesuffix("/align").removesuffix("/instruct")
+        series: dict[str, list[tuple[float, float]]] = {}
+        for record in read_jsonl(folder / "metrics.jsonl"):
+            for key, value in record.items():
+                if (key == "loss" or key.endswith("_loss")) and isinstance(value, (int, float)) and "step" in record:
+                    series.setdefault(key, []).append((float(record["step"]), float(value)))
+        for key, points in series.items():
+            charts.setdefault((stage, key), []).append(Curve(label, points))
+    return [line_chart(f"{stage}: {key}", curves) for (stage, key), curves in charts.items()]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file; none if the file is missing."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture as the text an `<img>` takes."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").quantize(64).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def chat_command(report: Mapping[str, Any], images: Path) -> str:
+    """Return a command that asks the best MLLM about the first sample's image."""
+    if not report["mllm"] or not report["samples"]:
+        return "cloc-mllm chat --help"
+    name = "cloc_prompter" if "cloc_prompter" in report["mllm"] else next(iter(report["mllm"]))
+    sample = report["samples"][0]
+    words = ["cloc-mllm", "chat", report["mllm"][name]["path"], "--image", str(images / sample["image"])]
+    question = sample["question"]
+    if sample["boxes_in"]:
+        words += ["--box", ",".join(f"{value:g}" for value in sample["boxes_in"][0])]
+    return shlex.join([*words, question])
+
+
+def _pictures(samples: Sequence[Mapping[str, Any]], images: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Draw the grounding samples: the true box dashed, each model's box in its colour."""
+    shown: list[dict[str, str]] = []
+    models: dict[str, str] = {}
+    for sample in [sample for sample in samples if sample["task"] == "grounding"][:SHOWN_PICTURES]:
+        boxes = [DrawnBox(sample["box"], colour=TRUE_COLOUR, dashed=True)]
+        notes = []
+        for name, answer in sample["answers"].items():
+            models[name] = MODEL_COLOURS.get(name, PALETTE[6])
+            boxes += [DrawnBox(item["box"], colour=models[name]) for item in answer["boxes"]]
+            notes.append(f"{name}: IoU {answer['iou']:.2f}" if answer["boxes"] else f"{name}: no box")
+        picture = draw_boxes(ClocImageProcessor.load_image(images / sample["image"]), boxes)
+        shown.append({"data": data_uri(picture), "question": sample["question"], "caption": ", ".join(notes)})
+    legend = [{"name": "true (dashed)", "colour": TRUE_COLOUR}]
+    return shown, [*legend, *({"name": name, "colour": colour} for name, colour in models.items())]
+
+
+def _chats(samples: Sequence[Mapping[str, Any]], images: Path) -> list[dict[str, Any]]:
+    """Group the samples by image, with the boxes that were asked about drawn."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        grouped.setdefault(sample["image"], []).append(sample)
+    chats = []
+    for image, asked in list(grouped.items())[:SHOWN_CHATS]:
+        prompts = [DrawnBox(box, "asked", PALETTE[1]) for sample in asked for box in sample["boxes_in"]]
+        turns = [
+            {
+                "question": sample["question"],
+                "truth": sample["truth"],
+                "replies": [{"model": name, "text": answer["text"]} for name, answer in sample["answers"].items()],
+            }
+            for sample in asked
+        ]
+        picture = draw_boxes(ClocImageProcessor.load_image(images / image), prompts, smallest_side=288)
+        chats.append({"image": image, "data": data_uri(picture), "turns": turns})
+    return chats
+
+
+def _present(metrics: Mapping[str, str], models: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics that at least one model has."""
+    return {
+        metric: meaning
+        for metric, meaning in metrics.items()
+        if any(entry["metrics"].get(metric, {}).get("value") is not None for entry in models.values())
+    }
+
+
+def _is_best(metric: str, name: str, models: Mapping[str, Any]) -> bool:
+    values: Iterable[float | None] = (entry["metrics"].get(metric, {}).get("value") for entry in models.values())
+    return models[name]["metrics"][metric]["value"] == max(value for value in values if value is not None)

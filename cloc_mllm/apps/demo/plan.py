@@ -1,0 +1,187 @@
+"""What each preset of the demo trains: which encoders and MLLMs, on how much, for how long, over which seeds.
+
+Everything that is compared shares data, steps, batch, seed and size; what sets one model apart is its line of overrides
+here. Hyper-parameters live in `train/configs/demo_*.yaml`; a preset changes only what its budget asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cloc_mllm.errors import ClocError
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """An encoder: its name in the report, and what sets it apart from the shared preset."""
+
+    name: str
+    description: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MllmPlan:
+    """An MLLM: its name in the report, the encoder it stands on, and what sets it apart."""
+
+    name: str
+    description: str
+    encoder: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScenesPlan:
+    """The procedural scenes to make: preset of the generator and pictures a split."""
+
+    preset: str
+    train: int
+    validation: int
+    test: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Length of one kind of training: optimiser steps and images a step over all processes."""
+
+    steps: int
+    batch_size: int
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """Everything a run of the demo does.
+
+    Attributes:
+        preset: Name of the preset.
+        scenes: Data to make.
+        encoders: Encoders to pre-train.
+        mllms: MLLMs to align and tune.
+        pretrain: Length of pre-training.
+        align: Length of alignment.
+        instruct: Length of instruction tuning.
+        seeds: Every model is trained once for each.
+        world_size: Processes of a training stage.
+        slots: Processes at work at once; above `world_size`, stages run side by side.
+        limits: What the preset's numbers do not show, for the report.
+        judged: Whether the preset is long enough for its figures to be held against the wanted ones.
+        language_model: `scratch`, or a folder that holds a causal LM.
+    """
+
+    preset: str
+    scenes: ScenesPlan
+    encoders: tuple[EncoderPlan, ...]
+    mllms: tuple[MllmPlan, ...]
+    pretrain: StagePlan
+    align: StagePlan
+    instruct: StagePlan
+    seeds: tuple[int, ...] = (0,)
+    world_size: int = 2
+    slots: int = 2
+    limits: tuple[str, ...] = ()
+    judged: bool = True
+    language_model: str = "scratch"
+
+
+_ENCODERS = {
+    encoder.name: encoder
+    for encoder in (
+        EncoderPlan("clip", "captions only", ("model.prompter=null",)),
+        EncoderPlan(
+            "clip_captions",
+            "captions, and every region text as one more caption",
+            ("model.prompter=null", "objective.extra_captions=true"),
+        ),
+        EncoderPlan("cloc", "captions, and region texts through the Prompter", ()),
+    )
+}
+_MLLMS = {
+    mllm.name: mllm
+    for mllm in (
+        MllmPlan("blind", "sees no image", "clip", ("model.region_encoder=none", "model.blind=true")),
+        MllmPlan("clip", "CLIP's tower, boxes as coordinates", "clip", ("model.region_encoder=none",)),
+        MllmPlan("clip_roi", "CLIP's tower, a pooled region token", "clip", ("model.region_encoder=roi_align",)),
+        MllmPlan("cloc", "CLOC's tower, boxes as coordinates", "cloc", ("model.region_encoder=none",)),
+        MllmPlan("cloc_prompter", "CLOC's tower, Prompter region token", "cloc", ("model.region_encoder=prompter",)),
+    )
+}
+
+_SHARED_LIMITS = (
+    "Scenes are drawn, not photographed, and their language is small: the numbers compare training recipes, they do "
+    "not predict scores on photographs.",
+    "Towers of half a million weights trained for minutes are far from converged: CLOC learning regions sooner at "
+    "equal steps is what can be seen, not where either would end.",
+)
+_QUICK_LIMITS = (
+    "One seed: the intervals are over test images only. Left to `--preset reproduce`: three seeds, the full "
+    "vocabulary, and the controls clip_captions (CLIP that sees the same region texts), clip_roi (CLIP with a region "
+    "token), cloc without a region token, and blind. Until they are run, part of what separates cloc from clip here "
+    "may be the labels it sees.",
+    *_SHARED_LIMITS,
+)
+
+PRESETS = {
+    "quick": DemoPlan(
+        preset="quick",
+        scenes=ScenesPlan("quick", train=10_000, validation=500, test=1_000),
+        encoders=(_ENCODERS["clip"], _ENCODERS["cloc"]),
+        mllms=(_MLLMS["clip"], _MLLMS["cloc_prompter"]),
+        pretrain=StagePlan(steps=400, batch_size=64),
+        align=StagePlan(steps=30, batch_size=64),
+        instruct=StagePlan(steps=150, batch_size=64),
+        limits=_QUICK_LIMITS,
+    ),
+    "reproduce": DemoPlan(
+        preset="reproduce",
+        scenes=ScenesPlan("full", train=40_000, validation=1_000, test=2_000),
+        encoders=tuple(_ENCODERS.values()),
+        mllms=tuple(_MLLMS.values()),
+        pretrain=StagePlan(steps=1_500, batch_size=64),
+        align=StagePlan(steps=60, batch_size=64),
+        instruct=StagePlan(steps=500, batch_size=64),
+        seeds=(0, 1, 2),
+        world_size=1,
+        limits=_SHARED_LIMITS,
+    ),
+    "miniature": DemoPlan(
+        preset="miniature",
+        scenes=ScenesPlan("quick", train=96, validation=16, test=24),
+        encoders=(_ENCODERS["clip"], _ENCODERS["cloc"]),
+        mllms=(_MLLMS["clip"], _MLLMS["cloc_prompter"]),
+        pretrain=StagePlan(steps=4, batch_size=16),
+        align=StagePlan(steps=2, batch_size=16),
+        instruct=StagePlan(steps=3, batch_size=16),
+        limits=("A few steps on a few images: this proves that every part runs, and its numbers mean nothing.",),
+        judged=False,
+    ),
+}
+
+
+def make_plan(preset: str, *, world_size: int | None = None, seed: int | None = None) -> DemoPlan:
+    """Return a preset with the user's changes.
+
+    Args:
+        preset: `quick`, `reproduce` or `miniature`.
+        world_size: Processes of a training stage; None keeps the preset's.
+        seed: First seed; the preset's others follow it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ClocError: A batch cannot be divided among so many processes.
+    """
+    plan = PRESETS[preset]
+    if world_size is not None:
+        for stage in (plan.pretrain, plan.align, plan.instruct):
+            if world_size < 1 or stage.batch_size % world_size:
+                raise ClocError(
+                    f"--world-size {world_size} does not divide the batch of {stage.batch_size} images",
+                    remedy="Give a divisor of it, such as 1, 2 or 4.",
+                )
+        plan = replace(plan, world_size=world_size, slots=max(plan.slots, world_size))
+    if seed is not None:
+        plan = replace(plan, seeds=tuple(seed + number for number in range(len(plan.seeds))))
+    return plan
