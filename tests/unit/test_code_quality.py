@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: lint, format, types, size of files, direction of imports, the README."""
+"""The rules of the house that a machine can check: lint, format, types, file sizes, direction of imports, documents."""
 
 from __future__ import annotations
 

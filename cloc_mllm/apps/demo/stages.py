@@ -1,7 +1,8 @@
 """Runs the demo's stages: each one a process of its own, in order of need, several side by side where slots allow.
 
 A stage that ended well leaves a stamp, and is skipped when the demo runs again with the same command and the same
-stages before it. So an interrupted demo goes on where it stopped, and a changed setting redoes what depends on it, no more.
+stages before it. So an interrupted demo goes on where it stopped, and a changed setting redoes what depends on it and
+no more.
 """
 
 from __future__ import annotations
