@@ -165,6 +165,8 @@ class ParquetFile:
         for name, feature in table.features.items():
             if isinstance(feature, Image):
                 table = table.cast_column(name, Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), Image):
+                table = table.cast_column(name, type(feature)(Image(decode=False)))
         self._table = table
 
     def __len__(self) -> int:
@@ -289,12 +291,12 @@ def data_files(path: str | Path, preferred: str = "regions.jsonl") -> list[Path]
         raise ClocError("no such file or folder", file=path, remedy="Check the path.")
     if (path / preferred).is_file():
         return [path / preferred]
-    if (path / "dataset.json").is_file():
-        splits = sorted(part.parent.name for part in path.glob(f"*/{preferred}"))
-        remedy = f"Name one of its splits: {', '.join(f'{path.name}/{split}' for split in splits)}."
-        raise ClocError("is a data set of several splits", file=path, remedy=remedy)
     if parquet := sorted(path.glob("*.parquet")):
         return parquet
+    splits = sorted(part.parent.name for part in path.glob(f"*/{preferred}"))
+    if splits:
+        remedy = f"Name one of its splits: {', '.join(f'{path.name}/{split}' for split in splits)}."
+        raise ClocError("is a data set of several splits", file=path, remedy=remedy)
     lines = sorted([*path.glob("*.jsonl"), *(p for p in path.glob("*.json") if p.name != "dataset.json")])
     if len(lines) == 1:
         return lines

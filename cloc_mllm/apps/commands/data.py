@@ -1,0 +1,123 @@
+"""`cloc-mllm data`: make procedural scenes, convert public data sets, check what a data set holds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cloc_mllm.data.importers import IMPORTERS
+from cloc_mllm.errors import ClocError
+
+_EPILOG = """examples:
+  cloc-mllm data scenes --n 10000 --seed 0 --preset quick --out data/scenes
+  cloc-mllm data convert coco --images train2017 --instances instances.json --captions captions.json --out data/coco
+  cloc-mllm data check data/scenes --draw sheet.png
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `data` and its sub-commands to the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser("data", help="make, convert and check data", description=__doc__, epilog=_EPILOG)
+    parser.formatter_class = raw
+    commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+
+    scenes = commands.add_parser(
+        "scenes",
+        help="draw procedural scenes",
+        formatter_class=raw,
+        epilog="example:\n  cloc-mllm data scenes --n 10000 --seed 0 --preset full --workers 2 --out data/scenes",
+    )
+    scenes.add_argument("--out", required=True, type=Path, help="folder to write to")
+    scenes.add_argument("--n", type=int, default=10_000, help="pictures to train on (default: %(default)s)")
+    scenes.add_argument("--n-val", type=int, help="pictures to validate on (default: a tenth of --n)")
+    scenes.add_argument("--n-test", type=int, help="pictures to test on (default: a tenth of --n)")
+    scenes.add_argument("--seed", type=int, default=0, help="decides everything (default: %(default)s)")
+    scenes.add_argument("--preset", default="quick", help="vocabulary and difficulty: quick or full (default: quick)")
+    scenes.add_argument("--size", type=int, default=96, help="width and height in pixels (default: %(default)s)")
+    scenes.add_argument("--image-format", default="jpg", choices=("jpg", "png"), help="default: %(default)s")
+    scenes.add_argument("--workers", type=int, default=1, help="processes that draw; changes nothing but the time")
+    scenes.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    scenes.set_defaults(run=_scenes)
+
+    convert = commands.add_parser("convert", help="convert a public data set")
+    kinds = convert.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for kind, name in IMPORTERS.items():
+        module = importlib.import_module(name)
+        command = kinds.add_parser(kind, help=module.SUMMARY, description=module.__doc__, formatter_class=raw)
+        command.epilog = f"example:\n  {module.EXAMPLE}"
+        module.add_arguments(command)
+        command.set_defaults(run=_convert, importer=name)
+
+    check = commands.add_parser(
+        "check",
+        help="list every fault of a data set",
+        formatter_class=raw,
+        epilog="example:\n  cloc-mllm data check data/scenes --draw sheet.png\n\nExit code 2 if there is a fault.",
+    )
+    check.add_argument("path", type=Path, help="a .jsonl, .json or .parquet file, or a folder of them")
+    check.add_argument("--draw", type=Path, metavar="SHEET", help="also draw pictures with their boxes and texts")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.set_defaults(run=_check)
+
+
+def _scenes(args: argparse.Namespace) -> int:
+    import time
+
+    from cloc_mllm.data.scenes.generator import generate_scenes
+
+    start = time.perf_counter()
+    summary = generate_scenes(
+        args.out,
+        args.preset,
+        args.n,
+        args.seed,
+        n_val=args.n_val,
+        n_test=args.n_test,
+        workers=args.workers,
+        side=args.size,
+        image_format=args.image_format,
+        overwrite=args.overwrite,
+    )
+    seconds = time.perf_counter() - start
+    total = sum(summary["counts"].values())
+    parts = ", ".join(f"{count} {split}" for split, count in summary["counts"].items())
+    pairs = ", ".join(f"{colour} {shape}" for shape, colour in summary["heldout_pairs"])
+    print(f"{total} scenes ({parts}) in {seconds:.1f} s, {total / seconds:.0f} images/s: {args.out}")
+    print(f"in the test split only: {pairs}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    result = importlib.import_module(args.importer).convert(args)
+    for name, count in result["counts"].items():
+        print(f"{name.replace('_', ' '):36} {count}")
+    print(f"written to {args.out} ({result['format']})")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from cloc_mllm.data.check import check_data, draw_sheet
+
+    report = check_data(args.path)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        for fault in report.faults:
+            print(fault)
+        for entry in report.files:
+            kind = entry["kind"] or "unreadable"
+            counted = f"{entry['samples']} samples ({kind}), {entry['regions']} regions, {entry['broken']} broken"
+            print(f"{entry['file']}: {counted}")
+    sys.stdout.flush()
+    if args.draw is not None:
+        shown = draw_sheet(args.path, args.draw)
+        print(f"drew {shown} samples: {args.draw}", file=sys.stderr)
+    if report.faults:
+        problem = f"{len(report.faults)} faults in {report.broken} of {report.samples} samples"
+        raise ClocError(problem, file=args.path, remedy="Mend them, or train with on_bad_sample: skip.")
+    return 0
