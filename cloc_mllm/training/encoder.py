@@ -1,0 +1,261 @@
+"""Builds the encoder a preset asks for: tokenizer, processor and `ClocModel`, from scratch or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
+
+from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.errors import ClocError
+from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
+from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
+from cloc_mllm.models.modeling_cloc import ClocModel
+from cloc_mllm.models.processing_cloc import ClocProcessor
+from cloc_mllm.training import launch
+from cloc_mllm.training.config import PretrainConfig
+from cloc_mllm.training.options import EncoderModelOptions, TokenizerOptions
+
+# `<eos>` must not be 2: transformers' CLIP takes 2 as a sign of an old checkpoint and pools at the largest id.
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
+
+
+def build_encoder(
+    config: PretrainConfig, dataset: RegionTextDataset, world: launch.World
+) -> tuple[ClocModel, ClocProcessor]:
+    """Build or load the encoder to train and its processor, the same on every process.
+
+    Args:
+        config: The preset.
+        dataset: The training data, for a tokenizer trained on it.
+        world: This process's place.
+
+    Returns:
+        The model in fp32 on the CPU, in training mode, and its processor.
+
+    Raises:
+        ClocError: A checkpoint is missing, incomplete, or of another model.
+    """
+    kind, _, path = config.model.init.partition(":")
+    if kind == "cloc":
+        return load_encoder(path, want_prompter=config.model.prompter is not None)
+    if kind == "clip":
+        return _from_clip(path, config)
+    tokenizer = build_tokenizer(
+        config.tokenizer, lambda: region_text_corpus(dataset), Path(config.run.output) / "tokenizer", world
+    )
+    torch.manual_seed(config.run.seed)
+    model = ClocModel(encoder_config(config.model, config.tokenizer, tokenizer))
+    images = ClocImageProcessor(size=config.model.image_size, resize_mode=config.model.resize_mode)
+    processor = ClocProcessor(
+        images, tokenizer, max_length=config.tokenizer.max_length, lower_case=config.tokenizer.lowercase
+    )
+    return model.train(), processor
+
+
+def encoder_config(
+    options: EncoderModelOptions, text: TokenizerOptions, tokenizer: PreTrainedTokenizerFast | None = None
+) -> ClocConfig:
+    """Return the configuration of an encoder from scratch.
+
+    Args:
+        options: The preset's `model` block.
+        text: Its `tokenizer` block.
+        tokenizer: The tokenizer; ``None`` assumes one of the largest size allowed.
+    """
+    vision = CLIPVisionConfig(
+        **options.vision.model_dump(),
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        projection_dim=options.projection_dim,
+    )
+    ids = {f"{name}_token_id": SPECIAL_TOKENS.index(f"<{name}>") for name in ("bos", "eos", "pad")}
+    if tokenizer is not None:
+        ids = {key: getattr(tokenizer, key) for key in ids}
+    language = CLIPTextConfig(
+        **options.text.model_dump(),
+        vocab_size=text.vocab_size if tokenizer is None else len(tokenizer),
+        max_position_embeddings=text.max_length,
+        projection_dim=options.projection_dim,
+        **ids,
+    )
+    return ClocConfig(
+        vision_config=vision,
+        text_config=language,
+        prompter_config=prompter_config(options, vision.hidden_size, options.projection_dim),
+        projection_dim=options.projection_dim,
+        logit_scale_init_value=float(torch.tensor(options.logit_scale_init).log()),
+        logit_scale_max=float(torch.tensor(options.logit_scale_max).log()),
+    )
+
+
+def prompter_config(options: EncoderModelOptions, width: int, projection_dim: int) -> ClocPrompterConfig | None:
+    """Return the Prompter's configuration for a tower of this width; ``None`` for a plain CLIP."""
+    if options.prompter is None:
+        return None
+    return ClocPrompterConfig(**options.prompter.model_dump(), hidden_size=width, projection_dim=projection_dim)
+
+
+def load_encoder(path: str | Path, *, want_prompter: bool | None = None) -> tuple[ClocModel, ClocProcessor]:
+    """Load an encoder's export or checkpoint, completely or not at all.
+
+    Args:
+        path: The folder.
+        want_prompter: Whether it has to have a Prompter; ``None`` accepts both.
+
+    Raises:
+        ClocError: There is none, it is of another model, or weights are missing.
+    """
+    require_model_type(path, "cloc")
+    try:
+        model, info = ClocModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        processor = ClocProcessor.from_pretrained(path)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ClocError(f"cannot be loaded as an encoder: {error}", file=path) from error
+    require_complete(info, path)
+    if want_prompter is not None and want_prompter != (model.prompter is not None):
+        has = "has a" if model.prompter is not None else "has no"
+        raise ClocError(
+            f"this encoder {has} Prompter, and the preset asks for the opposite",
+            file=path,
+            remedy="Set model.prompter accordingly ({} or null); sizes come from the checkpoint.",
+        )
+    return model.train(), processor
+
+
+def require_model_type(path: str | Path, model_type: str) -> None:
+    """Refuse a folder that does not hold a model of this type.
+
+    Args:
+        path: A local folder.
+        model_type: `model_type` of its config.json.
+
+    Raises:
+        ClocError: No folder, no config.json, or another type.
+    """
+    file = Path(path) / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except FileNotFoundError:
+        raise ClocError("there is no model here (no config.json)", file=path) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ClocError(f"is not a readable model configuration: {error}", file=file) from None
+    if found != model_type:
+        raise ClocError(f"holds a model of type '{found}', not '{model_type}'", file=path)
+
+
+def require_complete(info: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint that lacks weights of the model, or holds weights the model has no place for.
+
+    Args:
+        info: The loading info of `from_pretrained`.
+        path: The checkpoint, for the message.
+
+    Raises:
+        ClocError: Something is missing, unexpected, or of another shape.
+    """
+    for key, words in (
+        ("missing_keys", "lacks weights"),
+        ("unexpected_keys", "holds weights of another model"),
+        ("mismatched_keys", "holds weights of another shape"),
+    ):
+        names = sorted(str(name) for name in info.get(key) or [])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ClocError(f"{words}: {', '.join(names[:3])}{more}", file=path)
+
+
+def build_tokenizer(
+    options: TokenizerOptions, corpus: Any, folder: Path, world: launch.World, extra: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Load or train a tokenizer; the main process trains, and every process loads the same file.
+
+    Args:
+        options: The preset's `tokenizer` block.
+        corpus: Called to get an iterable of texts, only where a tokenizer is trained.
+        folder: Where a trained tokenizer is kept in the run folder.
+        world: This process's place.
+        extra: More special tokens.
+
+    Raises:
+        ClocError: The path holds no usable tokenizer.
+    """
+    if options.path is None:
+        if world.is_main:
+            train_tokenizer(corpus(), options, extra).save_pretrained(str(folder))
+        launch.barrier()
+    source = folder if options.path is None else Path(options.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ClocError(f"holds no tokenizer: {error}", file=source) from error
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise ClocError(f"the tokenizer has no {name}", file=source, remedy="CLIP's text encoder needs it.")
+    return tokenizer
+
+
+def train_tokenizer(
+    texts: Iterable[str], options: TokenizerOptions, extra: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer, so small that a demonstration's text encoder is small too.
+
+    Args:
+        texts: The corpus.
+        options: Vocabulary size, and whether texts are lower-cased (by the processor, hence here as well).
+        extra: More special tokens, after `<pad> <bos> <unk> <eos>`.
+
+    Returns:
+        A tokenizer that wraps each text in `<bos>` and `<eos>`.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *extra],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator((text.lower() if options.lowercase else text for text in texts), trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        special_tokens=[("<bos>", SPECIAL_TOKENS.index("<bos>")), ("<eos>", SPECIAL_TOKENS.index("<eos>"))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=options.max_length,
+    )
+
+
+def region_text_corpus(dataset: RegionTextDataset) -> Iterator[str]:
+    """Yield every caption and region text of a dataset, without opening an image."""
+    for index in range(len(dataset)):
+        sample = dataset.source[index]
+        yield from (sample.get("captions") or [sample.get("caption", "")])
+        yield from (str(region.get("text", "")) for region in sample.get("regions") or [])
+
+
+def _from_clip(path: str, config: PretrainConfig) -> tuple[ClocModel, ClocProcessor]:
+    """Start from a trained CLIP, a local folder or a hub name; the Prompter is new."""
+    try:
+        clip, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ClocError(f"cannot be loaded as a CLIP model: {error}", file=path) from error
+    require_complete(info, path)
+    vision = clip.config.vision_config
+    torch.manual_seed(config.run.seed)
+    model = ClocModel.from_clip(clip, prompter_config(config.model, vision.hidden_size, clip.config.projection_dim))
+    images = ClocImageProcessor(size=vision.image_size, resize_mode=config.model.resize_mode)
+    length = min(config.tokenizer.max_length, clip.config.text_config.max_position_embeddings)
+    return model.train(), ClocProcessor(images, tokenizer, max_length=length, lower_case=config.tokenizer.lowercase)

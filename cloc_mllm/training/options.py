@@ -1,0 +1,268 @@
+"""What a training preset may say: one small typed model for each block of the YAML file.
+
+Every key has a type, a default and a line of help, and a key that is not here is an error. The three stages share
+these blocks; :mod:`cloc_mllm.training.config` puts them together and reads files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["fp32", "bf16"]
+
+
+def option(default: Any, meaning: str) -> Any:
+    """Return a field with a default, and with the line of help that `train explain` prints."""
+    return Field(default=default, description=meaning)
+
+
+def block(factory: Callable[[], Any], meaning: str) -> Any:
+    """Return a field that holds a block of its own."""
+    return Field(default_factory=factory, description=meaning)
+
+
+class Block(BaseModel):
+    """A block of a preset: unknown keys are refused, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunOptions(Block):
+    """How long, how large, where to, and on what machinery."""
+
+    output: str = option("checkpoints/run", "the run folder")
+    overwrite: bool = option(False, "start anew in a run folder that already holds checkpoints")
+    seed: Count = option(0, "seeds weights, order of samples and sampled regions")
+    steps: Positive | None = option(None, "optimiser steps; give this or epochs")
+    epochs: Annotated[float, Field(gt=0)] | None = option(None, "passes over the data; give this or steps")
+    batch_size: Positive = option(64, "samples a step over all processes: the global batch")
+    micro_batch_size: Positive | None = option(None, "samples a process takes at once; null: no accumulation")
+    eval_batch_size: Positive | None = option(None, "samples a process evaluates at once; null: as in training")
+    precision: Precision = option("fp32", "fp32 or bf16")
+    zero: Literal[0, 1, 2, 3, "none"] | str = option("none", "ZeRO stage, none (no DeepSpeed) or a JSON file")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
+    workers: Count = option(0, "processes a rank that load data; 0: load in the training process")
+    log_every: Positive = option(10, "steps between two log lines")
+    eval_every: Positive | None = option(None, "steps between two validations; null: none while training")
+    save_every: Positive | None = option(None, "steps between two checkpoints; null: only the final export")
+    keep: Positive | None = option(2, "checkpoints kept; null: all")
+    log_to: list[Literal["tensorboard", "wandb"]] = option(["tensorboard"], "beside metrics.jsonl")
+    export: bool = option(True, "write export/, the weights to use, at the end")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunOptions:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of 'steps' and 'epochs'")
+        return self
+
+
+class OptimOptions(Block):
+    """AdamW and its schedule. Learning rates of single parts are in `parts`."""
+
+    lr: NonNegative = option(1e-3, "peak learning rate")
+    betas: tuple[Fraction, Fraction] = option((0.9, 0.98), "AdamW's betas")
+    eps: Annotated[float, Field(gt=0)] = option(1e-8, "AdamW's epsilon")
+    weight_decay: NonNegative = option(0.0, "on matrices only, not on biases and norms")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = option("cosine", "after the warm-up")
+    warmup: NonNegative = option(0.0, "steps if 1 or more, else share of all steps")
+    max_grad_norm: NonNegative = option(1.0, "gradient clipping; 0: none")
+
+
+class PartOptions(Block):
+    """What training does to one part of the model. A bare word in YAML is short for `{mode: word}`."""
+
+    mode: Literal["frozen", "full", "lora"] = option("full", "frozen, full or lora")
+    lr: NonNegative | None = option(None, "peak learning rate of this part; null: optim.lr")
+    weight_decay: NonNegative | None = option(None, "null: optim.weight_decay")
+    rank: Positive = option(16, "lora: rank")
+    alpha: Annotated[float, Field(gt=0)] = option(32.0, "lora: scale, alpha / rank")
+    dropout: Fraction = option(0.0, "lora: dropout on the input")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
+
+
+def _part(mode: Literal["frozen", "full", "lora"], description: str) -> Any:
+    return block(lambda: PartOptions(mode=mode), description)
+
+
+class EncoderParts(Block):
+    """The parts of the encoder, `ClocModel`."""
+
+    vision_tower: PartOptions = _part("full", "image tower and its projection")
+    text_tower: PartOptions = _part("full", "text encoder and its projection")
+    prompter: PartOptions = _part("full", "Prompter, if the model has one")
+    box_head: PartOptions = _part("full", "BoxHead, if the model has one")
+    temperatures: PartOptions = _part("full", "logit scales; never decayed")
+
+
+class MllmParts(Block):
+    """The parts of the MLLM, `ClocMllmForConditionalGeneration`."""
+
+    vision_tower: PartOptions = _part("frozen", "image tower")
+    projector: PartOptions = _part("full", "connector from the tower to the LLM")
+    prompter: PartOptions = _part("frozen", "Prompter that reads region prompts, if there is one")
+    region_projector: PartOptions = _part("full", "from region embeddings to the LLM, if there are any")
+    grounding_head: PartOptions = _part("full", "<ground> query to box, if grounding is 'head'")
+    llm: PartOptions = _part("full", "language model")
+
+
+class TowerOptions(Block):
+    """Size of a transformer trained from scratch."""
+
+    hidden_size: Positive = option(96, "width")
+    num_hidden_layers: Positive = option(3, "layers")
+    num_attention_heads: Positive = option(3, "heads")
+    intermediate_size: Positive = option(384, "width of the MLP")
+    hidden_act: str = option("gelu", "activation")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TowerOptions:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        return self
+
+
+class PrompterOptions(Block):
+    """The Prompter of an encoder from scratch; see `ClocPrompterConfig` for what each does."""
+
+    kind: Literal["prompter", "roi_align"] = option("prompter", "Prompter, or RoI-Align in its place")
+    pooling: Literal["mean", "prompt"] = option("prompt", "mean: the paper's; prompt: far cheaper")
+    intermediate_size: Positive | None = option(None, "null: 4 x the tower's width")
+    num_attention_heads: Positive = option(1, "heads (paper: 1)")
+    num_pos_feats: Positive = option(32, "frequencies for each coordinate")
+    max_frequency: Annotated[float, Field(gt=0)] = option(32.0, "highest frequency, periods across the frame")
+
+
+class EncoderModelOptions(Block):
+    """The encoder to train."""
+
+    init: str = option("scratch", "scratch, clip:PATH or cloc:PATH")
+    image_size: Positive = option(96, "side of the model frame in pixels")
+    patch_size: Positive = option(16, "side of a patch in pixels")
+    resize_mode: Literal["pad", "resize"] = option("pad", "how images become square")
+    vision: TowerOptions = block(TowerOptions, "image tower, from scratch")
+    text: TowerOptions = block(lambda: TowerOptions(num_hidden_layers=2), "text encoder, from scratch")
+    projection_dim: Positive = option(96, "dimension of the shared space")
+    prompter: PrompterOptions | None = block(PrompterOptions, "null: a plain CLIP")
+    logit_scale_init: Annotated[float, Field(gt=0)] = option(1 / 0.07, "initial multiplier of the cosines")
+    logit_scale_max: Annotated[float, Field(gt=0)] = option(100.0, "largest multiplier allowed")
+
+    @field_validator("init")
+    @classmethod
+    def _known_init(cls, value: str) -> str:
+        kind, _, path = value.partition(":")
+        if value != "scratch" and (kind not in ("clip", "cloc") or not path):
+            raise ValueError(f"'{value}' is not one of scratch, clip:PATH, cloc:PATH")
+        return value
+
+    @model_validator(mode="after")
+    def _patches_tile(self) -> EncoderModelOptions:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+
+class TokenizerOptions(Block):
+    """The text encoder's tokenizer. With `init: clip:…` or `cloc:…` the checkpoint's own is used instead."""
+
+    path: str | None = option(None, "a tokenizer folder; null: train one from the training captions")
+    vocab_size: Annotated[int, Field(ge=261)] = option(512, "most entries of a trained tokenizer")
+    lowercase: bool = option(True, "lower-case the text first (paper: yes)")
+    max_length: Positive = option(77, "longest text in tokens")
+
+
+class RegionTextOptions(Block):
+    """Region-text data for pre-training."""
+
+    train: str = Field(description="region-text samples: a folder or a .jsonl file")
+    validation: str | None = option(None, "the same, for validation")
+    max_regions: Positive = option(4, "regions sampled from an image each time it is seen (paper: 4)")
+    validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+
+
+class PretrainObjective(Block):
+    """Weights of L = clip + lambda (region + grounding_weight * grounding); lambda = region_weight * regions' share."""
+
+    region_weight: NonNegative = option(1.0, "weight of the region terms (paper: 1)")
+    grounding_weight: NonNegative = option(1.0, "weight of the grounding term (paper: 1)")
+    grounding_loss: Literal["mse", "l1_giou"] = option("mse", "mse: the paper's; l1_giou: DETR's")
+    filter_threshold: Fraction | None = option(0.9, "text filter's cosine (paper: 0.9); null: off")
+    extra_captions: bool = option(False, "control without Prompter: region texts as extra captions")
+
+
+class ScratchLlmOptions(Block):
+    """A small Llama trained from scratch, for demonstrations and tests."""
+
+    hidden_size: Positive = option(96, "width")
+    num_hidden_layers: Positive = option(3, "layers")
+    num_attention_heads: Positive = option(4, "heads")
+    num_key_value_heads: Positive | None = option(None, "null: as many as heads")
+    intermediate_size: Positive = option(384, "width of the MLP")
+    max_position_embeddings: Positive = option(1024, "longest sequence in tokens")
+    tie_word_embeddings: bool = option(True, "share input and output embeddings")
+
+
+class MllmModelOptions(Block):
+    """The MLLM to train: put together from an encoder and an LLM, or a finished MLLM to go on from."""
+
+    init: str = option("parts", "parts, or mllm:PATH (an export of align or instruct)")
+    encoder: str | None = option(
+        None, "an encoder's export folder: the tower with `parts`, and the phrases' text embeddings"
+    )
+    llm: str = option("scratch", "parts: scratch, or a folder or hub name of a causal LM")
+    scratch_llm: ScratchLlmOptions = block(ScratchLlmOptions, "size of `llm: scratch`")
+    region_encoder: Literal["none", "prompter", "roi_align"] = option("prompter", "how a <region> is read")
+    region_format: Literal["token", "coords", "both"] = option("both", "how a user's region is written")
+    grounding: Literal["text", "head"] = option("head", "boxes out: as text, or by <ground> and a head")
+    box_format: Literal["norm1000", "norm1", "pixel"] = option("norm1000", "coordinates in text")
+    blind: bool = option(False, "control: the image is dropped, in training and evaluation")
+
+    @field_validator("init")
+    @classmethod
+    def _known_init(cls, value: str) -> str:
+        kind, _, path = value.partition(":")
+        if value != "parts" and (kind != "mllm" or not path):
+            raise ValueError(f"'{value}' is not one of parts, mllm:PATH")
+        return value
+
+    @model_validator(mode="after")
+    def _needs_encoder(self) -> MllmModelOptions:
+        if self.init == "parts" and not self.encoder:
+            raise ValueError("'init: parts' needs 'encoder', the export folder of a pre-training run")
+        return self
+
+
+class AlignDataOptions(Block):
+    """Region-text data turned into short conversations: a caption, then regions to name and to find."""
+
+    train: str = Field(description="region-text samples: a folder or a .jsonl file")
+    validation: str | None = option(None, "the same, for validation")
+    validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+    referring: Count = option(2, "regions an image that are given and must be named")
+    grounding: Count = option(2, "phrases an image that are given and must be found")
+
+
+class InstructDataOptions(Block):
+    """Conversations, in messages or LLaVA format."""
+
+    train: str = Field(description="conversations: a folder or a .json/.jsonl file")
+    validation: str | None = option(None, "the same, for validation")
+    validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+
+
+class MllmObjective(Block):
+    """LM loss + box_weight * boxes + distill_weight * (1 - cos to the phrase's text embedding)."""
+
+    box_weight: NonNegative = option(1.0, "l1_giou of the box read off <ground>")
+    text_box_weight: NonNegative = option(1.0, "l1_giou of the box read off the phrase's text embedding")
+    distill_weight: NonNegative = option(2.0, "pulls <ground>'s query to the phrase's text embedding")

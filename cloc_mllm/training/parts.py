@@ -1,0 +1,223 @@
+"""The one table of a model's parts, and the one function that freezes, trains or adapts them.
+
+A preset speaks of parts (`vision_tower`, `prompter`, `llm`, …); this module knows which sub-modules each of them is. A
+parameter that belongs to no part, or a part that was asked to train but does not exist, is an error: nothing is ever
+trained, or left out, by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.training.options import EncoderParts, MllmParts, OptimOptions, PartOptions
+
+PartTable = Mapping[str, tuple[str, ...]]
+
+ENCODER_PARTS: PartTable = {
+    "vision_tower": ("vision_model", "visual_projection"),
+    "text_tower": ("text_model", "text_projection"),
+    "prompter": ("prompter",),
+    "box_head": ("box_head",),
+    "temperatures": ("logit_scale", "region_logit_scale"),
+}
+MLLM_PARTS: PartTable = {
+    "vision_tower": ("model.vision_tower",),
+    "projector": ("model.multi_modal_projector",),
+    "prompter": ("model.prompter",),
+    "region_projector": ("model.region_projector",),
+    "grounding_head": ("model.grounding_head",),
+    "llm": ("model.language_model", "lm_head"),
+}
+
+LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of the LLM that get adapters (the names of the Llama, Qwen and Mistral families)."""
+
+_PEFT_INFIXES = re.compile(
+    r"\.(base_layer|modules_to_save\.\w+|original_module|token_adapter\b.*|lora_\w+\.\w+)(?=\.|$)"
+)
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What became of one part: for printing, `train explain` and tests.
+
+    Attributes:
+        name: The part.
+        mode: `frozen`, `full` or `lora`; `absent` if the model has no such part.
+        total: Number of its parameters, adapters included.
+        trained: How many of them are trained.
+        lr: Its peak learning rate; 0 if nothing is trained.
+    """
+
+    name: str
+    mode: str
+    total: int
+    trained: int
+    lr: float
+
+
+def table_for(parts: EncoderParts | MllmParts) -> PartTable:
+    """Return the table that goes with a preset's `parts` block."""
+    return ENCODER_PARTS if isinstance(parts, EncoderParts) else MLLM_PARTS
+
+
+def part_of(parameter: str, table: PartTable) -> str:
+    """Return the part that a parameter belongs to.
+
+    Args:
+        parameter: Its name in `named_parameters`, with or without peft's wrappers.
+        table: One of the tables above.
+
+    Raises:
+        ClocError: No part owns it.
+    """
+    name = plain_name(parameter)
+    for part, prefixes in table.items():
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
+            return part
+    raise ClocError(f"the parameter '{parameter}' belongs to none of the parts {', '.join(table)}")
+
+
+def plain_name(parameter: str) -> str:
+    """Return a parameter's name without what peft's wrappers put in it."""
+    return _PEFT_INFIXES.sub("", parameter.removeprefix("base_model.model."))
+
+
+def apply_parts(
+    model: nn.Module, parts: EncoderParts | MllmParts, optim: OptimOptions
+) -> tuple[nn.Module, list[PartReport]]:
+    """Freeze, unfreeze and adapt, as the preset's `parts` say.
+
+    Args:
+        model: The whole model, on any device (also meta).
+        parts: The preset's block.
+        optim: For the learning rates that `parts` leave open.
+
+    Returns:
+        The model (wrapped by peft if a part is `lora`) and a report of every part.
+
+    Raises:
+        ClocError: A parameter belongs to no part, or nothing is left to train.
+    """
+    table = table_for(parts)
+    options = {name: getattr(parts, name) for name in table}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(options[part_of(name, table)].mode == "full")
+    if any(option.mode == "lora" for option in options.values()):
+        model = _add_lora(model, options)
+    reports = [_report(model, name, options[name], table, optim) for name in table]
+    if not any(report.trained for report in reports):
+        raise ClocError("every part is frozen: there is nothing to train", remedy="Set one of `parts` to full or lora.")
+    return model, reports
+
+
+def parameter_groups(model: nn.Module, parts: EncoderParts | MllmParts, optim: OptimOptions) -> list[dict[str, Any]]:
+    """Return the optimiser's parameter groups: one a part, halved into decayed matrices and the undecayed rest.
+
+    Args:
+        model: The model after :func:`apply_parts`.
+        parts: The preset's block.
+        optim: Learning rate and weight decay that `parts` leave open.
+
+    Returns:
+        Groups for `torch.optim`, each with `name`, `params`, `lr`, `weight_decay`. Temperatures are never decayed.
+    """
+    table = table_for(parts)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = part_of(name, table)
+        option: PartOptions = getattr(parts, part)
+        # A partitioned parameter (ZeRO-3) is flat; DeepSpeed keeps its real shape beside it.
+        dims = len(getattr(parameter, "ds_shape", parameter.shape))
+        decayed = dims >= 2 and part != "temperatures"
+        decay = optim.weight_decay if option.weight_decay is None else option.weight_decay
+        key = f"{part}/{'decay' if decayed else 'no_decay'}"
+        group = groups.setdefault(
+            key,
+            {
+                "name": key,
+                "params": [],
+                "lr": optim.lr if option.lr is None else option.lr,
+                "weight_decay": decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def describe(reports: Iterable[PartReport]) -> str:
+    """Return the table of parts as text."""
+    rows = [("part", "mode", "parameters", "trained", "lr")]
+    listed = list(reports)
+    rows += [(r.name, r.mode, f"{r.total:,}", f"{r.trained:,}", f"{r.lr:g}") for r in listed]
+    total, trained = sum(r.total for r in listed), sum(r.trained for r in listed)
+    rows.append(("all", "", f"{total:,}", f"{trained:,}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = []
+    for row in rows:
+        left = [row[i].ljust(widths[i]) for i in (0, 1)]
+        right = [row[i].rjust(widths[i]) for i in (2, 3, 4)]
+        lines.append("  " + "  ".join([*left, *right]).rstrip())
+    return "\n".join(lines)
+
+
+def trainable_dtypes(model: nn.Module) -> set[Any]:
+    """Return the dtypes of all trained parameters: ZeRO-3 needs there to be exactly one."""
+    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+
+
+def _report(model: nn.Module, name: str, option: PartOptions, table: PartTable, optim: OptimOptions) -> PartReport:
+    # peft keeps a frozen copy of every module it saves whole: that is no parameter of the model.
+    real = [(n, p) for n, p in model.named_parameters() if ".original_module" not in n]
+    mine = [p for n, p in real if part_of(n, table) == name]
+    total = sum(p.numel() for p in mine)
+    trained = sum(p.numel() for p in mine if p.requires_grad)
+    lr = optim.lr if option.lr is None else option.lr
+    return PartReport(name, option.mode if mine else "absent", total, trained, lr if trained else 0.0)
+
+
+def _add_lora(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module:
+    """Put adapters on the LLM's linear layers, and keep every fully trained part in the adapter's files too."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = options["llm"]
+    full = [
+        prefix
+        for part, prefixes in MLLM_PARTS.items()
+        for prefix in prefixes
+        if options[part].mode == "full" and _submodule(model, prefix) is not None
+    ]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        # A regular expression on whole names: bare names would also hit the vision tower's layers of the same name.
+        target_modules=rf"model\.language_model\..*\.({'|'.join(LORA_LAYERS)})",
+        modules_to_save=full or None,
+        trainable_token_indices=_new_tokens(model),
+    )
+    # DeepSpeed casts the whole model itself; adapters that peft keeps in fp32 would break ZeRO-3's one dtype.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
+
+
+def _new_tokens(model: nn.Module) -> dict[str, list[int]] | None:
+    """Return the rows of the embedding that alignment added: a frozen LLM could never learn to say `<ground>`."""
+    config: Any = model.config
+    ids = [getattr(config, key, None) for key in ("image_token_index", "region_token_index", "ground_token_index")]
+    known: Sequence[int] = sorted({int(i) for i in ids if i is not None})
+    return {"embed_tokens": list(known)} if known else None
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    node: Any = model
+    for step in name.split("."):
+        node = getattr(node, step, None)
+    return node if isinstance(node, nn.Module) else None

@@ -1,0 +1,156 @@
+"""The objective of CLOC pre-training, and of the CLIP baselines it is compared with.
+
+    L = L_clip + lambda * (L_region + grounding_weight * L_grounding),    lambda = region_weight * share
+
+where `share` is the share of the global batch's images that have regions. Without a Prompter only L_clip is left: plain
+CLIP. With `extra_captions` CLIP also sees every region text, as one more caption of the whole image.
+Source: Chen et al., "Contrastive Localized Language-Image Pre-Training" (arXiv 2410.02746), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.objectives import clip_loss, gather_with_grad, grounding_loss, region_share, region_text_loss
+from cloc_mllm.objectives.distributed import all_reduce_sum
+from cloc_mllm.training.config import PretrainConfig
+from cloc_mllm.training.trainer import ClocTrainer
+
+MODEL_INPUTS = (
+    "pixel_values",
+    "input_ids",
+    "attention_mask",
+    "input_boxes",
+    "box_image_index",
+    "region_input_ids",
+    "region_attention_mask",
+    "region_text_index",
+)
+
+
+class PretrainTrainer(ClocTrainer):
+    """Trains `ClocModel` on region-text data."""
+
+    # The losses are means over the global batch of one micro-step, so accumulation has to average them.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, config: PretrainConfig, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.objective = config.objective
+        self.max_regions = config.data.max_regions
+        # CLIP's bounds: multipliers from 1 to the cap.
+        self.clamped_parts = (("temperatures", 0.0, model.config.logit_scale_max),)
+        self._validated: list[tuple[torch.Tensor, torch.Tensor]] = []
+        super().__init__(config, *args, model=model, **kwargs)
+
+    def losses(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the objective from one forward pass; see the module's docstring."""
+        output: Any = model(**{key: inputs[key] for key in MODEL_INPUTS if key in inputs})
+        image_text = clip_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+        scalars = {"loss_clip": image_text, "scale": output.logit_scale}
+        if not model.training:
+            self._validated.append((output.image_embeds.detach(), output.text_embeds.detach()))
+        if "has_regions" not in inputs:
+            return image_text, scalars
+        weight = self.objective.region_weight * region_share(inputs["has_regions"])
+        if self.objective.extra_captions:
+            region = self._extra_caption_loss(output, inputs)
+            return image_text + weight * region, scalars | {"loss_region": region, "lambda": weight}
+        region, more = self._region_terms(output, inputs)
+        return image_text + weight * region, scalars | more | {"lambda": weight}
+
+    def _region_terms(self, output: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return L_region + grounding_weight * L_grounding."""
+        valid = inputs["region_valid"]
+        texts = output.region_text_embeds[valid]
+        threshold = self.objective.filter_threshold
+        region = region_text_loss(output.region_embeds[valid], texts, output.region_logit_scale, threshold)
+        scalars = {"loss_region": region, "scale_region": output.region_logit_scale}
+        if threshold is not None:
+            scalars["filtered"] = _share_filtered(texts, threshold)
+        if output.pred_boxes is None or self.objective.grounding_weight == 0:
+            return region, scalars
+        # A phrase that fits two regions of its image has no one box.
+        named = valid & inputs["region_unique"]
+        ground = grounding_loss(
+            output.pred_boxes[named], inputs["input_boxes"][named], kind=self.objective.grounding_loss
+        )
+        return region + self.objective.grounding_weight * ground, scalars | {"loss_grounding": ground}
+
+    def _extra_caption_loss(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Contrast whole images with one of their region texts each, once a region that an image may have.
+
+        Two regions of one image never meet in a draw: their common image would be the other's negative. The mean is
+        over draws, weighted by how many images take part.
+        """
+        images, valid = inputs["box_image_index"], inputs["region_valid"]
+        draw = _rank_within_image(images)
+        total, rows = output.image_embeds.sum() * 0.0, torch.zeros((), device=images.device)
+        for number in range(self.max_regions):
+            chosen = valid & (draw == number)
+            count = all_reduce_sum(chosen.sum().float())
+            loss = region_text_loss(
+                output.image_embeds[images[chosen]],
+                output.region_text_embeds[chosen],
+                output.logit_scale,
+                self.objective.filter_threshold,
+            )
+            total, rows = total + count * loss, rows + count
+        return total / rows.clamp(min=1)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Add image-text retrieval over the validation samples."""
+        self._validated.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        images, texts = (gather_with_grad(torch.cat(side)) for side in zip(*self._validated, strict=True))
+        output.metrics.update(eval_i2t_r1=recall_at_1(images @ texts.T), eval_t2i_r1=recall_at_1(texts @ images.T))
+        self._validated.clear()
+        return output
+
+
+def needs_regions(config: PretrainConfig) -> bool:
+    """Return whether batches have to carry regions: plain CLIP never looks at them."""
+    return config.model.prompter is not None or config.objective.extra_captions
+
+
+def validation_subset(config: PretrainConfig) -> Subset | None:
+    """Return the validation samples of a preset, or ``None``."""
+    if config.data.validation is None:
+        return None
+    dataset = RegionTextDataset(config.data.validation, max_regions=config.data.max_regions, seed=config.run.seed)
+    return Subset(dataset, range(min(len(dataset), config.data.validation_samples)))
+
+
+@torch.no_grad()
+def recall_at_1(similarity: torch.Tensor) -> float:
+    """Return the share of rows whose own column scores highest; ties count against it.
+
+    Args:
+        similarity: ``(N, N)``; row i belongs to column i.
+    """
+    own = similarity.diagonal()
+    better = (similarity >= own[:, None]).sum(dim=1) - 1
+    value = float((better == 0).float().mean())
+    return value if math.isfinite(value) else 0.0
+
+
+def _rank_within_image(images: torch.Tensor) -> torch.Tensor:
+    """Return for each region how many regions of the same image come before it; images come one after the other."""
+    first = torch.searchsorted(images.contiguous(), images.contiguous())
+    return torch.arange(len(images), device=images.device) - first
+
+
+@torch.no_grad()
+def _share_filtered(texts: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return the share of this process's negative pairs that the text filter leaves out."""
+    count = len(texts)
+    unit = nn.functional.normalize(texts.float(), dim=1)
+    hits = (unit @ unit.T > threshold).sum() - count
+    return hits.float().clamp(min=0) / max(count * (count - 1), 1)

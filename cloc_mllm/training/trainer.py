@@ -1,0 +1,297 @@
+"""The trainer the three stages share: transformers' Trainer, with the traps of this stack closed.
+
+* Boxes stay fp32: under DeepSpeed the stock Trainer casts every float input to the training dtype, and a coordinate of
+  1003.37 pixels becomes 1004.0 in bf16.
+* Learning rates per part reach the optimiser, and temperatures are clamped in the optimiser's own (fp32, possibly
+  sharded) copy: clamping the model's copy would be undone by the next step.
+* A loss that is not finite stops the run and names the samples.
+* What a checkpoint was made with is compared before anything is resumed from it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.training import launch
+from cloc_mllm.training.checkpoint import RunState
+from cloc_mllm.training.config import AnyConfig, BatchPlan
+from cloc_mllm.training.log import RunLog, shows_progress
+from cloc_mllm.training.parts import parameter_groups
+from cloc_mllm.training.stream import StepStream
+
+FULL_PRECISION_INPUTS = ("input_boxes", "region_boxes", "ground_boxes")
+
+
+def training_arguments(
+    config: AnyConfig, plan: BatchPlan, world: launch.World, zero: dict[str, Any] | None, steps: int
+) -> TrainingArguments:
+    """Translate a preset for transformers' Trainer.
+
+    Args:
+        config: The preset.
+        plan: The batch arithmetic.
+        world: This process's place.
+        zero: The DeepSpeed configuration, or ``None``.
+        steps: Optimiser steps of the whole run.
+
+    Returns:
+        The arguments. The whole model has to be built before this is called: a stage-3 configuration changes how
+        models are built afterwards.
+    """
+    run, optim = config.run, config.optim
+    if not shows_progress():
+        transformers_logging.disable_progress_bar()
+    return TrainingArguments(
+        output_dir=run.output,
+        max_steps=steps,
+        per_device_train_batch_size=plan.micro_batch,
+        per_device_eval_batch_size=run.eval_batch_size or plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=optim.lr,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_epsilon=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=optim.warmup,
+        optim="adamw_torch",
+        bf16=run.precision == "bf16",
+        deepspeed=zero,
+        use_cpu=world.use_cpu,
+        activation_checkpointing=run.activation_checkpointing,
+        dataloader_num_workers=run.workers,
+        dataloader_pin_memory=not world.use_cpu,
+        train_sampling_strategy="sequential",  # StepStream has the order
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        logging_steps=run.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if run.eval_every else "no",
+        eval_steps=run.eval_every,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 500,
+        save_total_limit=run.keep,
+        report_to=["wandb"] if "wandb" in run.log_to else [],
+        disable_tqdm=not shows_progress(),
+        seed=run.seed,
+    )
+
+
+class ClocTrainer(Trainer):
+    """Base of the stages' trainers; a subclass says what the loss is.
+
+    Args:
+        config: The preset.
+        world: This process's place.
+        zero: The DeepSpeed configuration, or ``None``.
+        stream: The training samples.
+        **kwargs: Passed to `transformers.Trainer`: `model`, `args`, `data_collator`, `eval_dataset`, …
+    """
+
+    clamped_parts: tuple[tuple[str, float, float], ...] = ()
+    """Parameter groups (by part) whose values are kept between two bounds."""
+
+    def __init__(
+        self, config: AnyConfig, world: launch.World, zero: dict[str, Any] | None, stream: StepStream, **kwargs: Any
+    ) -> None:
+        self.config, self.world, self.zero, self.stream = config, world, zero, stream
+        super().__init__(train_dataset=stream, **kwargs)
+        self._pop_printer()
+        self.add_callback(
+            RunLog(
+                config.run.output,
+                tensorboard="tensorboard" in config.run.log_to,
+                console=self.args.disable_tqdm,
+            )
+        )
+        self._scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._eval_scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._window = (time.perf_counter(), 0)
+        self._micro_step = 0
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def losses(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the model once and compute the loss from its output.
+
+        No parameter may be used outside the model's forward: at ZeRO-3 it is empty there.
+
+        Args:
+            model: The wrapped model.
+            inputs: The batch.
+            num_items: Supervised tokens of the whole step, for a language-model loss; ``None`` while evaluating.
+
+        Returns:
+            The loss, such that its gradient averaged over processes and summed over accumulation steps is right once
+            divided by :attr:`loss_divisor`; and the figures to log.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what its loss is")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss, log its parts, and stop where it is not finite."""
+        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss, scalars = self.losses(model, inputs, items)
+        store = self._scalars if model.training else self._eval_scalars
+        for name, value in scalars.items():
+            store[name].append(value.detach().float().reshape(()))
+        if model.training:
+            self._require_finite(loss, scalars)
+        return (loss, {}) if return_outputs else loss
+
+    def _require_finite(self, loss: torch.Tensor, scalars: Mapping[str, torch.Tensor]) -> None:
+        micro_step = self.state.global_step * self.stream.plan.accumulation + self._micro_step
+        self._micro_step = (self._micro_step + 1) % self.stream.plan.accumulation
+        if bool(torch.isfinite(loss)):
+            return
+        positions = self.stream.positions(micro_step, self.world.rank)
+        indices = [self.stream.locate(position)[1] for position in positions]
+        shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+        parts = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
+        raise ClocError(
+            f"the loss is {float(loss)} at step {self.state.global_step + 1} ({parts}) on process {self.world.rank}",
+            sample=f"numbers {shown} of the training data",
+            remedy="Lower optim.lr or lengthen optim.warmup; `cloc-mllm data check` finds broken samples.",
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move the batch to the device, with boxes left in fp32."""
+        exact = {key: inputs[key].to(self.args.device) for key in FULL_PRECISION_INPUTS if key in inputs}
+        rest = {key: value for key, value in inputs.items() if key not in exact}
+        return {**super()._prepare_inputs(rest), **exact}
+
+    # -- optimiser ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW over the parts' parameter groups."""
+        optimizer: torch.optim.Optimizer | None = self.__dict__.get("optimizer")
+        if optimizer is None:
+            groups = parameter_groups(self.model if model is None else model, self.config.parts, self.config.optim)
+            bounds = {part: (low, high) for part, low, high in self.clamped_parts}
+            for group in groups:
+                group["bounds"] = bounds.get(group["name"].split("/")[0])
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer = optimizer_class(groups, **options)
+            assert optimizer is not None
+            optimizer.register_step_post_hook(_clamp_bounded_groups)
+            self.optimizer = optimizer
+        return optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare as the Trainer does, then make sure that DeepSpeed is on if it was asked for."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.zero is not None:
+            launch.require_deepspeed(self.model_wrapped, self.world)
+        return prepared
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def run_state(self) -> RunState:
+        """Return what a checkpoint of this run is marked with."""
+        plan, run = self.stream.plan, self.config.run
+        return RunState(
+            stage=self.config.stage,
+            zero=launch.zero_stage(self.zero),
+            world_size=plan.world_size,
+            precision=run.precision,
+            global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            seed=run.seed,
+            steps=self.stream.steps,
+            samples=len(self.stream.dataset),
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, and mark the checkpoint complete once every process has written its share."""
+        super()._save_checkpoint(model, trial)
+        launch.barrier()
+        if self.world.is_main:
+            self.run_state().write(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss's parts, throughput and the real epoch to what the Trainer logs."""
+        self.state.epoch = round(self.state.global_step / self.stream.steps_per_epoch, 4)
+        if "loss" in logs:
+            logs = {**logs, **_means(self._scalars)}
+            then, step = self._window
+            now, done = time.perf_counter(), self.state.global_step
+            if done > step and now > then:
+                logs["samples_per_second"] = (done - step) * self.stream.plan.global_batch / (now - then)
+            self._window = (now, done)
+        rounded = {key: _short(value) for key, value in logs.items()}
+        super().log(rounded, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate; the time it takes does not count as training."""
+        paused = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        then, step = self._window
+        self._window = (then + time.perf_counter() - paused, step)
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the validation set and add the means of the loss's parts."""
+        self._eval_scalars.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics.update({f"eval_{name}": value for name, value in _means(self._eval_scalars).items()})
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Compute the loss of one validation batch, without gradient."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach().reshape(()), None, None
+
+    def _pop_printer(self) -> None:
+        """Take out the Trainer's own printer, which prints dictionaries."""
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "PrinterCallback":
+                self.remove_callback(callback)
+
+
+@torch.no_grad()
+def _clamp_bounded_groups(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Keep bounded groups within their bounds, in whatever shards of them this process holds."""
+    for group in optimizer.param_groups:
+        if group.get("bounds"):
+            low, high = group["bounds"]
+            for parameter in group["params"]:
+                parameter.clamp_(low, high)
+
+
+def _means(store: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """Return the mean of each figure since the last call, and forget them."""
+    means = {name: float(torch.stack(values).mean()) for name, values in store.items() if values}
+    store.clear()
+    return means
+
+
+def _short(value: Any) -> Any:
+    """Round to 7 significant digits: more is noise, and the log is read by people too."""
+    if isinstance(value, float) and math.isfinite(value) and value:
+        return float(f"{value:.7g}")
+    return value
