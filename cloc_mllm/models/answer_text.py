@@ -1,0 +1,65 @@
+"""From what the language model said to text with boxes in it: phrases, coordinates, and what could not be read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from .boxes import BoxCodec
+
+_CLAUSE_END = re.compile(r"[.!?;:,\n\])]")
+_CONNECTIVES = re.compile(r"^(?:(?:and|or|then|also|plus)\s+)+", re.IGNORECASE)
+
+
+def phrase_before(text: str) -> str:
+    """The phrase that ends a text: what follows the last comma, sentence end or box, without a leading "and".
+
+    >>> phrase_before("Two things: a red cube, and a blue ball ")
+    'a blue ball'
+    """
+    clause = _CLAUSE_END.split(text.rstrip(" \t\n.,:;"))[-1].strip()
+    return _CONNECTIVES.sub("", clause).strip()
+
+
+@dataclass
+class AnswerText:
+    """An answer put together from pieces of text and boxes.
+
+    Attributes:
+        text: What is shown, coordinates printed as the codec writes them.
+        boxes: ``{"phrase", "box", "image"}`` with the box in pixels of the original image and the image counted
+            within the conversation.
+        unparsed: What looks like a box and cannot be read, or was to be a box on no image.
+    """
+
+    text: str = ""
+    boxes: list[dict[str, Any]] = field(default_factory=list)
+    unparsed: list[str] = field(default_factory=list)
+
+    def add_box(self, box: list[float], size: tuple[int, int], image: int, codec: BoxCodec) -> None:
+        """Print a box, in pixels, behind the text so far."""
+        self.boxes.append({"phrase": phrase_before(self.text), "box": box, "image": image})
+        space = "" if not self.text or self.text[-1].isspace() else " "
+        self.text += space + codec.encode(box, *size)
+
+
+def read_answer(text: str, size: tuple[int, int] | None, image: int, codec: BoxCodec) -> AnswerText:
+    """Find the boxes that were generated as text.
+
+    Args:
+        text: The answer.
+        size: Width and height of the image it is about, in pixels; ``None`` without one, and then nothing is a box.
+        image: The number of that image.
+        codec: Reads the boxes.
+    """
+    answer = AnswerText(text=text)
+    if size is None:
+        return answer
+    found = codec.decode(text, *size)
+    end = 0
+    for box, (start, stop) in zip(found.boxes, found.spans, strict=True):
+        answer.boxes.append({"phrase": phrase_before(text[end:start]), "box": box, "image": image})
+        end = stop
+    answer.unparsed = list(found.unparsed)
+    return answer

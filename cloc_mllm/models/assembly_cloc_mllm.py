@@ -1,0 +1,204 @@
+"""Puts an encoder and a language model together into an MLLM: configuration, weights, vocabulary, generation."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .configuration_cloc import ClocPrompterConfig
+from .configuration_cloc_mllm import CONTROL_TOKENS, ClocMllmConfig
+
+if TYPE_CHECKING:
+    from .modeling_cloc import ClocModel
+
+VOCABULARY_MULTIPLE = 64
+WEIGHT_SHAPING = (
+    "kind",
+    "hidden_size",
+    "projection_dim",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_pos_feats",
+    "max_frequency",
+    "image_positions",
+    "box_head_hidden_size",
+)
+"""What two Prompter configurations must agree on for one's weights to mean the same in the other."""
+
+
+def assemble(
+    model_class: Any,
+    encoder: ClocModel,
+    llm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    region_encoder: str,
+    grounding: str,
+    prompter_config: ClocPrompterConfig | None = None,
+    grounding_config: ClocPrompterConfig | None = None,
+    **llava: Any,
+) -> Any:
+    """Build the model of ``ClocMllmForConditionalGeneration.from_parts``, where the arguments are described."""
+    ids = control_ids(tokenizer)
+    config = ClocMllmConfig(
+        vision_config=copy.deepcopy(encoder.config.vision_config),
+        text_config=copy.deepcopy(llm.config),
+        region_encoder=region_encoder,
+        prompter_config=None
+        if region_encoder == "none"
+        else prompter_config or _prompter_like(encoder, region_encoder),
+        grounding=grounding,
+        grounding_config=None if grounding == "text" else grounding_config or _prompter_like(encoder, "prompter"),
+        image_token_index=ids["<image>"],
+        region_token_index=ids["<region>"],
+        ground_token_index=ids["<ground>"],
+        **llava,
+    )
+    config.image_seq_length = _visual_tokens(encoder, config)
+    model = model_class(config).to(device=llm.device, dtype=llm.dtype).eval()
+    model.model.vision_tower.load_state_dict(encoder.vision_model.state_dict())
+    _copy_language_model(model, llm)
+    _copy_encoder_parts(model.model, encoder)
+    _check_same_logits(model, llm)
+    _extend_vocabulary(model, tokenizer, ids)
+    model.generation_config = _generation_config(model, llm, tokenizer, ids)
+    return model
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the control tokens.
+
+    Raises:
+        ValueError: If the tokenizer has not all of them.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"the tokenizer has no {', '.join(missing)}: pass the one of the processor, "
+            "`ClocMllmProcessor.from_parts(...).tokenizer`"
+        )
+    return {token: vocabulary[token] for token in CONTROL_TOKENS}
+
+
+def _prompter_like(encoder: ClocModel, kind: str) -> ClocPrompterConfig:
+    """The encoder's own Prompter configuration, or a fresh one of its widths."""
+    own = encoder.config.prompter_config
+    if own is not None:
+        return ClocPrompterConfig.from_dict({**own.to_dict(), "kind": kind})
+    return ClocPrompterConfig(
+        hidden_size=encoder.config.vision_config.hidden_size, projection_dim=encoder.config.projection_dim, kind=kind
+    )
+
+
+def _visual_tokens(encoder: ClocModel, config: ClocMllmConfig) -> int:
+    """How many tokens one image takes in the text; measured on the tower, whatever its kind."""
+    vision = config.vision_config
+    blank = torch.zeros(
+        1,
+        getattr(vision, "num_channels", 3),
+        vision.image_size,
+        vision.image_size,
+        device=encoder.device,
+        dtype=encoder.dtype,
+    )
+    with torch.no_grad():
+        tokens = encoder.vision_model(pixel_values=blank).last_hidden_state.shape[1]
+    return tokens - (config.vision_feature_select_strategy == "default")
+
+
+def _copy_language_model(model: Any, llm: PreTrainedModel) -> None:
+    head = llm.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(
+            f"the output of {type(llm).__name__} is not one linear layer without bias, as LLaVA's is: "
+            "another language model is needed"
+        )
+    model.model.language_model.load_state_dict(llm.base_model.state_dict())
+    model.lm_head.load_state_dict(head.state_dict())
+    model.tie_weights()
+
+
+def _copy_encoder_parts(model: Any, encoder: ClocModel) -> None:
+    """Start the region encoder and the grounding head from the encoder's Prompter and BoxHead, where they fit."""
+    own = encoder.config.prompter_config
+    if own is None or encoder.prompter is None:
+        return
+    if model.prompter is not None and _same(model.config.prompter_config, own):
+        _load_part(model.prompter, encoder.prompter)
+    if model.grounding_head is not None and encoder.box_head is not None and _same(model.config.grounding_config, own):
+        _load_part(model.grounding_head.localizer, encoder.prompter)
+        model.grounding_head.box_head.load_state_dict(encoder.box_head.state_dict())
+
+
+def _same(config: ClocPrompterConfig, own: ClocPrompterConfig) -> bool:
+    return all(getattr(config, name) == getattr(own, name) for name in WEIGHT_SHAPING)
+
+
+def _load_part(part: nn.Module, source: nn.Module) -> None:
+    """Copy the weights that ``part`` has; the source may have more (see the region encoder), never less."""
+    weights = source.state_dict()
+    part.load_state_dict({name: weights[name] for name in part.state_dict()})
+
+
+@torch.no_grad()
+def _check_same_logits(model: Any, llm: PreTrainedModel) -> None:
+    """Some language models do more to their logits than LLaVA does (cap, scale): better to hear of it now.
+
+    Raises:
+        ValueError: If text alone gives other logits than it gave before.
+    """
+    was_training = llm.training
+    ids = torch.arange(8, device=llm.device)[None] % llm.config.vocab_size
+    alone, together = llm.eval()(input_ids=ids).logits, model(input_ids=ids).logits
+    llm.train(was_training)
+    scale = alone.float().abs().max().clamp(min=1e-6)
+    if float((alone.float() - together.float()).abs().max() / scale) > 1e-2:
+        raise ValueError(
+            f"{type(llm).__name__} does more to its logits than one linear layer (a cap or a scale): "
+            "LLaVA's layout cannot hold it"
+        )
+
+
+@torch.no_grad()
+def _extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]) -> None:
+    """Rows for the new tokens, at the mean of the old ones; never fewer rows than the language model had."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > before:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    weights = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in weights.values():
+        fresh = sorted({*range(before, len(weight)), *ids.values()})
+        old = weight[:before].float()
+        # Not all alike: a placeholder is told from its neighbours by its embedding where there are no ids.
+        noise = torch.randn(len(fresh), weight.shape[1], device=weight.device) * old.std(0) * 0.1
+        weight[fresh] = (old.mean(0) + noise).to(weight.dtype)
+
+
+def _generation_config(
+    model: Any, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]
+) -> GenerationConfig:
+    """Greedy; stops where the chat template ends a turn; never emits what only the processor may write."""
+    text = model.config.text_config
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    stops = [tokenizer.eos_token_id]
+    own = llm.generation_config.eos_token_id if llm.generation_config is not None else None
+    # Only where it names a token made for it: the default of a configuration may be any letter of this vocabulary.
+    special = tokenizer.added_tokens_decoder
+    stops += [token for token in (own if isinstance(own, list) else [own]) if token in special and token not in stops]
+    never = [ids["<image>"], ids["<region>"], *([ids["<ground>"]] if model.config.grounding == "text" else [])]
+    return GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=sorted({*never, *range(len(tokenizer), text.vocab_size)}),
+    )

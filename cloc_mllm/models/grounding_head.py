@@ -1,0 +1,96 @@
+"""Boxes out: the hidden state at a ``<ground>`` token asks, the localisation head answers.
+
+The hidden state is projected to the space that CLOC's images, regions and texts share, and prompts a Prompter of the
+head's own as the text embedding of a phrase would; a BoxHead reads the box. So the head can be trained, and used, with
+text embeddings as well, and the language model's query can be pulled towards the text embedding of its phrase.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .configuration_cloc import ClocPrompterConfig
+from .prompter import BoxHead, ClocPrompter
+
+
+class PhraseLocalizer(ClocPrompter):
+    """The CLOC Prompter, prompted by phrases only, read out before its projection."""
+
+    def __init__(self, config: ClocPrompterConfig) -> None:
+        super().__init__(config)
+        del self.projection  # the BoxHead reads features
+        if not config.image_positions:
+            del self.coordinates  # boxes are the region encoder's business
+
+    def forward(  # type: ignore[override]  # takes phrases where the parent takes their prompt tokens
+        self, image_tokens: torch.Tensor, text_embeds: torch.Tensor, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        """``(I, N, hidden_size)`` tokens and ``(G, projection_dim)`` phrases to ``(G, hidden_size)`` features."""
+        return super().forward(image_tokens, self.embed_texts(text_embeds), image_index)
+
+
+class ClocGroundingHead(nn.Module):
+    """Hidden state at ``<ground>`` to a box.
+
+    Args:
+        config: The Prompter and the BoxHead.
+        query_size: Width of the language model.
+
+    The inner Prompter is called ``localizer``: adapters pick modules by the end of their name, and ``prompter`` is
+    the one that reads regions.
+    """
+
+    def __init__(self, config: ClocPrompterConfig, query_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.query_projection = nn.Linear(query_size, config.projection_dim)
+        self.localizer = PhraseLocalizer(config)
+        self.box_head = BoxHead(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_tokens: torch.Tensor,
+        image_index: torch.Tensor,
+        queries: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Localise.
+
+        All queries go through the Prompter and the BoxHead together: each is called once, whatever the batch holds,
+        which is what ZeRO-3 needs to stay in step over the ranks.
+
+        Args:
+            hidden_states: ``(G, query_size)`` final hidden states at the ``<ground>`` tokens.
+            image_tokens: ``(I, N, hidden_size)`` the tower's ``last_hidden_state``.
+            image_index: ``(G,)`` the image each ``<ground>`` is about.
+            queries: ``(G, projection_dim)`` text embeddings of the same phrases, or ``None``.
+
+        Returns:
+            The projected queries ``(G, projection_dim)``, float32 and L2-normalised; their boxes ``(G, 4)``, float32
+            xyxy, normalised, model frame; and the boxes the text embeddings give, ``(G, 4)`` or ``None``.
+        """
+        asked = functional.normalize(self.query_projection(hidden_states).float(), dim=-1)
+        embeds, index = asked, image_index
+        if queries is not None:
+            embeds, index = torch.cat([asked, queries.to(asked.dtype)]), torch.cat([image_index, image_index])
+        boxes = self.box_head(self.localizer(image_tokens, embeds, index))
+        count = len(asked)
+        return asked, boxes[:count], boxes[count:] if queries is not None else None
+
+
+def image_before(is_image: torch.Tensor, per_image: int) -> torch.Tensor:
+    """For every token, the last image that its row shows before it.
+
+    Args:
+        is_image: ``(B, T)`` where ``<image>`` placeholders stand.
+        per_image: How many of them an image takes; 0 if there is none.
+
+    Returns:
+        ``(B, T)`` images counted over the batch; -1 where there is none.
+    """
+    before, in_row = is_image.cumsum(-1), is_image.sum(-1)
+    in_earlier_rows = (in_row.cumsum(0) - in_row)[:, None]
+    index = (in_earlier_rows + before) // max(per_image, 1) - 1
+    return torch.where((before > 0) & (per_image > 0), index, -1)
