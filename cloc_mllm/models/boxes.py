@@ -99,11 +99,12 @@ class ParsedBoxes:
     unparsed: list[str] = field(default_factory=list)
 
 
-# A bracketed group that holds a digit; a group left open at the end of the text counts too, so that a cut-off answer
-# is reported instead of overlooked.
-_GROUP = re.compile(r"\[[^\[\]()]*\d[^\[\]()]*(?:\]|$)|\([^\[\]()]*\d[^\[\]()]*(?:\)|$)")
-_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
-_BOX = re.compile(rf"[\[(]\s*({_NUMBER})\s*[,;\s]\s*({_NUMBER})\s*[,;\s]\s*({_NUMBER})\s*[,;\s]\s*({_NUMBER})\s*[\])]")
+# A bracketed group that holds a digit, up to the next bracket of any kind or the end of the text: a group left open
+# counts too, so that a cut-off answer is reported instead of overlooked. Neither pattern can match a text in two ways,
+# which keeps reading linear in its length.
+_GROUP = re.compile(r"[\[(][^\[\]()\d]*\d[^\[\]()]*[\])]?")
+_NUMBER = r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))"
+_BOX = re.compile(r"[\[(]\s*" + r"(?:\s*[,;]\s*|\s+)".join([_NUMBER] * 4) + r"\s*[\])]")
 
 
 class BoxCodec:
