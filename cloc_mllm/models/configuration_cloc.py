@@ -24,8 +24,11 @@ class ClocPrompterConfig(PreTrainedConfig):
             at the prompt's own tokens, which never needs the image tokens' outputs and is far cheaper (ours).
         num_pos_feats: Sine and cosine frequencies for each coordinate (ours).
         max_frequency: Highest of the geometrically spaced frequencies, in periods across the frame (ours).
+        image_positions: Whether each patch token gets the same encoding of its centre before the layer, as SAM adds
+            to its image embedding (ours). Corners then find their patches, and phrases their box, by one code.
         box_head_hidden_size: Width of the BoxHead's hidden layer; ``None`` is ``hidden_size`` (ours).
-        has_class_token: Whether the first token of the tower is a class token, which RoI-Align must leave out.
+        has_class_token: Whether the first token of the tower is a class token, which has no place in the
+            grid.
         roi_output_size: Bins on each side that RoI-Align samples before it averages them.
         hidden_act: Activation of the MLPs (paper: GELU).
         layer_norm_eps: Epsilon of the layer norms.
@@ -42,6 +45,7 @@ class ClocPrompterConfig(PreTrainedConfig):
     pooling: str = "mean"
     num_pos_feats: int = 32
     max_frequency: float = 32.0
+    image_positions: bool = True
     box_head_hidden_size: int | None = None
     has_class_token: bool = True
     roi_output_size: int = 4

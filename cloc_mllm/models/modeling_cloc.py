@@ -60,8 +60,14 @@ class ClocPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights, zero biases; the towers initialise themselves."""
+        """Normal weights scaled by fan-in, zero biases; the towers initialise themselves.
+
+        CLIP scales its attention and projection weights by the width; a fixed 0.02 suits 768 and starves a narrow
+        Prompter of signal: at width 96 it passed on a hundredth of what its attention read.
+        """
         super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if isinstance(module, ClocModel):
             # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions.
             nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)

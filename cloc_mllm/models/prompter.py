@@ -22,18 +22,18 @@ from .configuration_cloc import ClocPrompterConfig
 class CoordinateEmbedding(nn.Module):
     """Sinusoidal encoding of points, lifted to the tower's width, plus a learned embedding of each point's role.
 
-    Roles are top-left corner, bottom-right corner and free point, as SAM has them. Ours: the paper says only that the
-    two corners are encoded by sinusoids.
+    Roles are top-left corner, bottom-right corner and free point, as SAM has them, and the centre of an image patch.
+    Ours: the paper says only that the two corners are encoded by sinusoids.
     """
 
-    TOP_LEFT, BOTTOM_RIGHT, POINT = range(3)
+    TOP_LEFT, BOTTOM_RIGHT, POINT, PATCH = range(4)
 
     def __init__(self, config: ClocPrompterConfig) -> None:
         super().__init__()
         self.num_pos_feats = config.num_pos_feats
         self.max_frequency = config.max_frequency
         self.lift = nn.Linear(4 * config.num_pos_feats, config.hidden_size)
-        self.role = nn.Embedding(3, config.hidden_size)
+        self.role = nn.Embedding(4, config.hidden_size)
 
     def forward(self, points: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
         """Embed points.
@@ -163,6 +163,18 @@ class ClocPrompter(nn.Module):
         """
         return self.text_lift(functional.normalize(text_embeds, dim=-1).to(self.text_lift.weight.dtype))[:, None]
 
+    def _placed(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """``(B, N, hidden_size)`` tokens, each patch's with the encoding of its centre added."""
+        if not self.config.image_positions:
+            return image_tokens
+        first = int(self.config.has_class_token)
+        side = _grid_side(image_tokens.shape[1] - first)
+        steps = (torch.arange(side, device=image_tokens.device, dtype=torch.float32) + 0.5) / side
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        roles = torch.tensor([CoordinateEmbedding.PATCH], device=image_tokens.device)
+        where = self.coordinates(torch.stack([x, y], dim=-1).view(1, -1, 2), roles)
+        return image_tokens + functional.pad(where, (0, 0, first, 0))
+
     def forward(
         self, image_tokens: torch.Tensor, prompts: torch.Tensor, image_index: torch.Tensor, *, plain: bool = False
     ) -> torch.Tensor:
@@ -178,6 +190,7 @@ class ClocPrompter(nn.Module):
             ``(R, hidden_size)`` pooled features; :attr:`projection` takes them to the shared space.
         """
         of_prompt = self.config.pooling == "prompt"
+        image_tokens = self._placed(image_tokens)
         if plain:
             tokens = self.layer(torch.cat([prompts, image_tokens[image_index]], dim=1))
             return self.layer_norm(tokens[:, : prompts.shape[1]] if of_prompt else tokens).mean(dim=1)
@@ -228,9 +241,7 @@ def roi_align(
         ValueError: If the tokens do not form a square grid.
     """
     patches = image_tokens[:, 1:] if has_class_token else image_tokens
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise ValueError(f"RoI-Align needs a square grid of patch tokens, not {patches.shape[1]} tokens")
+    side = _grid_side(patches.shape[1])
     grid = patches.transpose(1, 2).unflatten(2, (side, side))
     boxes = boxes.to(torch.float32)
     steps = (torch.arange(output_size, device=boxes.device, dtype=torch.float32) + 0.5) / output_size
@@ -242,6 +253,18 @@ def roi_align(
         grid[image_index].to(torch.float32), where, padding_mode="border", align_corners=False
     )
     return sampled.flatten(2).transpose(1, 2).to(image_tokens.dtype)
+
+
+def _grid_side(num_patches: int) -> int:
+    """Side of a square grid of patches.
+
+    Raises:
+        ValueError: If the patches do not form one.
+    """
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(f"the tower's {num_patches} patch tokens do not form a square grid: is has_class_token right?")
+    return side
 
 
 class BoxHead(nn.Module):
