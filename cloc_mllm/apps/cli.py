@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cloc_mllm import __version__
 from cloc_mllm.errors import ClocError
@@ -52,6 +53,27 @@ COMMANDS = (
     Command("chat", "cloc_mllm.apps.commands.chat", "talk with an MLLM about an image and boxes on it"),
     Command("export", "cloc_mllm.apps.commands.export", "write a checkpoint in a layout other programs load"),
 )
+
+
+class OrderlessParser(argparse.ArgumentParser):
+    """A parser that takes options before, between and after positional arguments.
+
+    The stock one gives an optional positional its (empty) value at the first option, so that in
+    `chat M --image F "question"` the question would be an error.
+    """
+
+    _intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `parse_known_intermixed_args` does; it calls this method again for its two passes."""
+        nested = any(action.nargs == argparse.PARSER for action in self._actions)
+        if self._intermixing or nested:
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +120,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     Returns:
         The parser. Its namespace has `run` when a command was named.
     """
-    parser = argparse.ArgumentParser(
+    parser = OrderlessParser(
         prog="cloc-mllm",
         description="Multimodal LLMs that understand regions: pre-train, tune, evaluate, chat.",
         epilog="example: cloc-mllm demo --out runs/demo      (each command has its own --help)",

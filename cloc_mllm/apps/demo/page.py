@@ -18,7 +18,7 @@ from cloc_mllm.apps.demo.charts import Curve, interval_bar, line_chart
 from cloc_mllm.apps.demo.findings import majority_of, percent
 from cloc_mllm.apps.demo.progress import format_seconds
 from cloc_mllm.apps.drawing import PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
-from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
+from cloc_mllm.models.image_processing_cloc import load_image
 
 ENCODER_METRICS = {
     "region_top1": "class of a region: shape × colour × texture",
@@ -162,7 +162,7 @@ def _pictures(samples: Sequence[Mapping[str, Any]], images: Path) -> tuple[list[
             models[name] = MODEL_COLOURS.get(name, PALETTE[6])
             boxes += [DrawnBox(item["box"], colour=models[name]) for item in answer["boxes"]]
             notes.append(f"{name}: IoU {answer['iou']:.2f}" if answer["boxes"] else f"{name}: no box")
-        picture = draw_boxes(ClocImageProcessor.load_image(images / sample["image"]), boxes)
+        picture = draw_boxes(load_image(images / sample["image"]), boxes)
         shown.append({"data": data_uri(picture), "question": sample["question"], "caption": ", ".join(notes)})
     legend = [{"name": "true (dashed)", "colour": TRUE_COLOUR}]
     return shown, [*legend, *({"name": name, "colour": colour} for name, colour in models.items())]
@@ -184,7 +184,7 @@ def _chats(samples: Sequence[Mapping[str, Any]], images: Path) -> list[dict[str,
             }
             for sample in asked
         ]
-        picture = draw_boxes(ClocImageProcessor.load_image(images / image), prompts, smallest_side=288)
+        picture = draw_boxes(load_image(images / image), prompts, smallest_side=288)
         chats.append({"image": image, "data": data_uri(picture), "turns": turns})
     return chats
 

@@ -1,7 +1,7 @@
 """What each preset of the demo trains: which encoders and MLLMs, on how much, for how long, over which seeds.
 
 Everything that is compared shares data, steps, batch, seed and size; what sets one model apart is its line of overrides
-here. Hyper-parameters live in `train/configs/demo_*.yaml`; a preset changes only what its budget asks for.
+here. Hyper-parameters live in the presets of `train/configs/`, so the stages can be run by hand with the same result.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ class ScenesPlan:
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """Length of one kind of training: optimiser steps and images a step over all processes."""
+class TrainingPlan:
+    """One kind of training: a preset of `train/configs/` and what the demo changes in it."""
 
-    steps: int
-    batch_size: int
+    config: str
     overrides: tuple[str, ...] = ()
 
 
@@ -59,9 +58,9 @@ class DemoPlan:
         scenes: Data to make.
         encoders: Encoders to pre-train.
         mllms: MLLMs to align and tune.
-        pretrain: Length of pre-training.
-        align: Length of alignment.
-        instruct: Length of instruction tuning.
+        pretrain: Pre-training.
+        align: Alignment.
+        instruct: Instruction tuning.
         seeds: Every model is trained once for each.
         world_size: Processes of a training stage.
         slots: Processes at work at once; above `world_size`, stages run side by side.
@@ -74,9 +73,9 @@ class DemoPlan:
     scenes: ScenesPlan
     encoders: tuple[EncoderPlan, ...]
     mllms: tuple[MllmPlan, ...]
-    pretrain: StagePlan
-    align: StagePlan
-    instruct: StagePlan
+    pretrain: TrainingPlan
+    align: TrainingPlan
+    instruct: TrainingPlan
     seeds: tuple[int, ...] = (0,)
     world_size: int = 2
     slots: int = 2
@@ -128,9 +127,9 @@ PRESETS = {
         scenes=ScenesPlan("quick", train=10_000, validation=500, test=1_000),
         encoders=(_ENCODERS["clip"], _ENCODERS["cloc"]),
         mllms=(_MLLMS["clip"], _MLLMS["cloc_prompter"]),
-        pretrain=StagePlan(steps=400, batch_size=64),
-        align=StagePlan(steps=30, batch_size=64),
-        instruct=StagePlan(steps=150, batch_size=64),
+        pretrain=TrainingPlan("pretrain_quick"),
+        align=TrainingPlan("align_quick"),
+        instruct=TrainingPlan("instruct_quick"),
         limits=_QUICK_LIMITS,
     ),
     "reproduce": DemoPlan(
@@ -138,9 +137,9 @@ PRESETS = {
         scenes=ScenesPlan("full", train=40_000, validation=1_000, test=2_000),
         encoders=tuple(_ENCODERS.values()),
         mllms=tuple(_MLLMS.values()),
-        pretrain=StagePlan(steps=1_500, batch_size=64),
-        align=StagePlan(steps=60, batch_size=64),
-        instruct=StagePlan(steps=500, batch_size=64),
+        pretrain=TrainingPlan("pretrain_reproduce"),
+        align=TrainingPlan("align_reproduce"),
+        instruct=TrainingPlan("instruct_reproduce"),
         seeds=(0, 1, 2),
         world_size=1,
         limits=_SHARED_LIMITS,
@@ -150,9 +149,9 @@ PRESETS = {
         scenes=ScenesPlan("quick", train=96, validation=16, test=24),
         encoders=(_ENCODERS["clip"], _ENCODERS["cloc"]),
         mllms=(_MLLMS["clip"], _MLLMS["cloc_prompter"]),
-        pretrain=StagePlan(steps=4, batch_size=16),
-        align=StagePlan(steps=2, batch_size=16),
-        instruct=StagePlan(steps=3, batch_size=16),
+        pretrain=TrainingPlan("pretrain_quick", ("run.steps=4", "run.batch_size=16", "run.log_every=1")),
+        align=TrainingPlan("align_quick", ("run.steps=2", "run.batch_size=16", "run.log_every=1")),
+        instruct=TrainingPlan("instruct_quick", ("run.steps=3", "run.batch_size=16", "run.log_every=1")),
         limits=("A few steps on a few images: this proves that every part runs, and its numbers mean nothing.",),
         judged=False,
     ),
@@ -171,16 +170,14 @@ def make_plan(preset: str, *, world_size: int | None = None, seed: int | None = 
         The plan.
 
     Raises:
-        ClocError: A batch cannot be divided among so many processes.
+        ClocError: There is no such preset, or there would be no process.
     """
+    if preset not in PRESETS:
+        raise ClocError(f"there is no demo preset '{preset}'", remedy=f"Choose one of {', '.join(PRESETS)}.")
     plan = PRESETS[preset]
     if world_size is not None:
-        for stage in (plan.pretrain, plan.align, plan.instruct):
-            if world_size < 1 or stage.batch_size % world_size:
-                raise ClocError(
-                    f"--world-size {world_size} does not divide the batch of {stage.batch_size} images",
-                    remedy="Give a divisor of it, such as 1, 2 or 4.",
-                )
+        if world_size < 1:
+            raise ClocError(f"--world-size is {world_size}, but a stage has at least one process")
         plan = replace(plan, world_size=world_size, slots=max(plan.slots, world_size))
     if seed is not None:
         plan = replace(plan, seeds=tuple(seed + number for number in range(len(plan.seeds))))

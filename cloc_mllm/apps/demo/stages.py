@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +22,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cloc_mllm.apps.demo.progress import Progress
+from cloc_mllm.training.checkpoint import checkpoints
 
 LOG_TAIL_LINES = 25
 POLL_SECONDS = 0.2
+REPOSITORY = Path(__file__).resolve().parents[3]
+FREE_PORT = "{free_port}"
+"""Stands in a command for a port that is looked for only when the stage starts, so that fingerprints stay the same."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,14 @@ class StageRunner:
         folder = self.out / stage.name
         marker = self._marker(stage.name, "started")
         interrupted = marker.is_file() and marker.read_text() == fingerprint
-        can_resume = bool(stage.resume) and interrupted and any(folder.glob("checkpoint-*"))
+        can_resume = bool(stage.resume) and interrupted and bool(checkpoints(folder))
         if folder.exists() and not can_resume:
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         marker.write_text(fingerprint)
-        command = [*stage.command, *(stage.resume if can_resume else ())]
+        port = str(find_free_port())
+        command = [port if word == FREE_PORT else word for word in stage.command]
+        command += stage.resume if can_resume else ()
         log = self.log_path(stage.name).open("a" if can_resume else "w", encoding="utf-8")
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
@@ -172,7 +179,7 @@ class StageRunner:
             "code": self._code,
             "seconds": round(seconds, 2),
             **job.stage.facts,
-            "command": [_relative(word, self.out) for word in job.stage.command],
+            "command": [_portable(word, self.out) for word in job.stage.command],
         }
         path = self._marker(job.stage.name, "json")
         path.with_suffix(".part").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
@@ -218,10 +225,9 @@ def stage_environment(threads: int) -> dict[str, str]:
     """
     import torch
 
-    package_root = str(Path(__file__).resolve().parents[3])
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH", "")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH", "")]))
     environment["PYTHONUNBUFFERED"] = "1"
     defaults = {
         "OMP_NUM_THREADS": str(threads),
@@ -250,7 +256,7 @@ def _fingerprints(stages: Sequence[Stage], out: Path) -> dict[str, str]:
     for stage in stages:
         digest = hashlib.sha256()
         for word in stage.command:
-            digest.update(_relative(word, out).encode() + b"\0")
+            digest.update(_portable(word, out).encode() + b"\0")
             if word.endswith((".yaml", ".json")) and Path(word).is_file() and not word.startswith(str(out)):
                 digest.update(Path(word).read_bytes())
         for name in stage.after:
@@ -259,9 +265,19 @@ def _fingerprints(stages: Sequence[Stage], out: Path) -> dict[str, str]:
     return known
 
 
-def _relative(word: str, out: Path) -> str:
-    """Return a command's word with the output folder taken out, so that a moved folder keeps its stamps."""
-    return word.replace(str(out), "OUT")
+def _portable(word: str, out: Path) -> str:
+    """Return a command's word without this machine's folders, so that moving one of them keeps the stamps."""
+    folders = {str(out): "OUT", sys.executable: "python", str(Path(sys.executable).parent): "BIN", str(REPOSITORY): "."}
+    for folder, short in folders.items():
+        word = word.replace(folder, short)
+    return word
+
+
+def find_free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _flat(name: str) -> str:

@@ -68,6 +68,20 @@ def test_bad_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[s
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["M", "why?", "--image", "F"],
+        ["M", "--image", "F", "why?"],
+        ["--image", "F", "M", "why?"],
+        ["--image", "F", "--json", "M", "why?", "--device", "cpu"],
+    ],
+)
+def test_options_may_stand_anywhere(words: list[str]) -> None:
+    args = cli.build_parser(["chat"]).parse_args(["chat", *words])
+    assert (args.model, args.question, args.image) == ("M", "why?", "F")
+
+
 def test_no_command_prints_the_table_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     err = capsys.readouterr().err

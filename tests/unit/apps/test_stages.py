@@ -143,6 +143,7 @@ def test_an_interrupted_stage_resumes_from_its_checkpoint_and_a_changed_one_star
     code = (
         "import pathlib, sys; p = pathlib.Path(sys.argv[1])\n"
         "(p / 'checkpoint-1').mkdir(parents=True, exist_ok=True)\n"
+        "(p / 'checkpoint-1' / 'run_state.json').write_text('{}')\n"
         "(p / 'mode').write_text('resumed' if 'go-on' in sys.argv else 'fresh')\n"
         "sys.exit(0 if 'go-on' in sys.argv or 'well' in sys.argv else 1)"
     )
