@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -39,6 +39,10 @@ class Answerer(Protocol):
 
     def chat(self, conversations: Sequence[Any], max_new_tokens: int = ...) -> list[Any]:
         """Answer the last user turn of each conversation."""
+        ...
+
+    def stream(self, conversation: Any, max_new_tokens: int = ...) -> Any:
+        """Answer one conversation piece by piece; the whole is its `answer`."""
         ...
 
 
@@ -104,13 +108,14 @@ class ChatSession:
         self._messages = []
         self.last = None
 
-    def ask(self, question: str, boxes: Sequence[Box] = ()) -> Reply:
+    def ask(self, question: str, boxes: Sequence[Box] = (), on_piece: Callable[[str], None] | None = None) -> Reply:
         """Ask about the image, the boxes, or neither.
 
         Args:
             question: May hold one `<region>` for each box; without any, the boxes are put after it. Empty: the boxes
                 are asked about with the question that the demo's models were trained on.
             boxes: Pixels of the original image.
+            on_piece: Called with each piece of text as it is generated.
 
         Returns:
             The answer.
@@ -124,10 +129,19 @@ class ChatSession:
         if self.picture is not None and not self._messages:
             content.insert(0, {"type": "image", "image": self.picture})
         turn = {"role": "user", "content": content}
-        answer = self.answerer.chat([[*self._messages, turn]], max_new_tokens=self.max_new_tokens)[0]
-        self._messages += [turn, {"role": "assistant", "content": list(_answer_content(answer.text, answer.boxes))}]
-        self.last = Reply(text, given, answer.text, list(answer.boxes), list(answer.unparsed))
+        answer = self._answer([*self._messages, turn], on_piece)
+        self._messages += [turn, answer.message]
+        boxes_out = [{"phrase": item["phrase"], "box": [round(v, 2) for v in item["box"]]} for item in answer.boxes]
+        self.last = Reply(text, given, answer.text, boxes_out, list(answer.unparsed))
         return self.last
+
+    def _answer(self, conversation: list[dict[str, Any]], on_piece: Callable[[str], None] | None) -> Any:
+        if on_piece is None:
+            return self.answerer.chat([conversation], max_new_tokens=self.max_new_tokens)[0]
+        stream = self.answerer.stream(conversation, max_new_tokens=self.max_new_tokens)
+        for piece in stream:
+            on_piece(piece)
+        return stream.answer
 
     def check_box(self, box: Sequence[float]) -> Box:
         """Return a box as a list if it is one on the image.
@@ -231,21 +245,6 @@ def _content(text: str, boxes: Sequence[Box]) -> Iterator[dict[str, Any]]:
             yield {"type": "text", "text": part}
 
 
-def _answer_content(text: str, boxes: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield an answer's items, so that the next turn reads it in the form the model was trained on."""
-    rest = text
-    for item in boxes:
-        phrase = item.get("phrase") or ""
-        before, found, after = rest.partition(phrase)
-        if not found:
-            continue
-        rest = re.sub(r"^\s*\[[^\]]*\]", "", after)
-        yield {"type": "text", "text": f"{before}{phrase} "}
-        yield {"type": "region", "box": list(item["box"]), "phrase": phrase}
-    if rest:
-        yield {"type": "text", "text": rest}
-
-
 def converse(session: ChatSession, lines: Iterable[str], out: TextIO, boxes: Sequence[Box] = ()) -> None:
     """Hold a conversation line by line until the lines end or `/quit`.
 
@@ -268,10 +267,22 @@ def converse(session: ChatSession, lines: Iterable[str], out: TextIO, boxes: Seq
             if words and words[0].startswith("/"):
                 pending = _command(session, words[0], words[1] if len(words) > 1 else "", pending, out)
                 continue
-            print(format_reply(session.ask(line, pending)), file=out, flush=True)
+            print(_ask_aloud(session, line, pending, out), file=out, flush=True)
             pending = []
         except ClocError as error:
             print(f"! {error}", file=out, flush=True)
+
+
+def _ask_aloud(session: ChatSession, line: str, boxes: Sequence[Box], out: TextIO) -> str:
+    """Ask, and on a terminal show the answer while it is generated; return what is left to show."""
+    if not out.isatty():
+        return format_reply(session.ask(line, boxes))
+
+    def show(piece: str) -> None:
+        print(piece, end="", file=out, flush=True)
+
+    reply = session.ask(line, boxes, on_piece=show)
+    return "".join(f"\n{line}" for line in box_lines(reply))
 
 
 def _command(session: ChatSession, name: str, rest: str, pending: list[Box], out: TextIO) -> list[Box]:
@@ -312,9 +323,13 @@ def save_picture(picture: Image.Image, path: str | PathLike[str]) -> None:
 
 def format_reply(reply: Reply) -> str:
     """Return an answer as the terminal shows it: the text, then each box in pixels."""
-    lines = [reply.text]
+    return "\n".join([reply.text, *box_lines(reply)])
+
+
+def box_lines(reply: Reply) -> list[str]:
+    """Return a line for each box of an answer, in pixels, and for each that could not be read."""
+    lines = []
     for item in reply.boxes:
         corners = ", ".join(f"{value:.0f}" for value in item["box"])
         lines.append(f"  {item.get('phrase') or 'box'}: [{corners}] px")
-    lines += [f"  could not be read as a box: {piece}" for piece in reply.unparsed]
-    return "\n".join(lines)
+    return lines + [f"  could not be read as a box: {piece}" for piece in reply.unparsed]
