@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def build_encoder(
     )
     torch.manual_seed(config.run.seed)
     model = ClocModel(encoder_config(config.model, config.tokenizer, tokenizer))
+    if config.model.position_init == "sincos":
+        start_from_sincos_positions(model)
     images = ClocImageProcessor(size=config.model.image_size, resize_mode=config.model.resize_mode)
     processor = ClocProcessor(
         images, tokenizer, max_length=config.tokenizer.max_length, lower_case=config.tokenizer.lowercase
@@ -92,6 +95,26 @@ def encoder_config(
         logit_scale_init_value=float(torch.tensor(options.logit_scale_init).log()),
         logit_scale_max=float(torch.tensor(options.logit_scale_max).log()),
     )
+
+
+@torch.no_grad()
+def start_from_sincos_positions(model: ClocModel, amplitude: float = 0.5) -> None:
+    """Start the tower's learned position embeddings as sinusoids of row and column instead of as small noise.
+
+    Only the starting point differs: the embeddings are trained and stored as in any CLIP. A short run otherwise spends
+    its first hundreds of steps on finding out where patches are.
+
+    Args:
+        model: An encoder whose tower is a CLIP vision model.
+        amplitude: Height of the waves; about the size of a patch embedding at initialisation.
+    """
+    weight = model.vision_model.embeddings.position_embedding.weight
+    side, waves = math.isqrt(len(weight) - 1), weight.shape[1] // 4
+    exponent = torch.linspace(0, 1, waves)
+    angle = torch.arange(side)[:, None] / side * math.pi * side**exponent
+    code = torch.cat([angle.sin(), angle.cos()], dim=-1)
+    rows, columns = code[:, None].expand(side, side, -1), code[None].expand(side, side, -1)
+    weight[1:, : 4 * waves] = amplitude * torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def prompter_config(options: EncoderModelOptions, width: int, projection_dim: int) -> ClocPrompterConfig | None:

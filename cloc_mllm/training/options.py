@@ -141,6 +141,7 @@ class PrompterOptions(Block):
     num_attention_heads: Positive = option(1, "heads (paper: 1)")
     num_pos_feats: Positive = option(32, "frequencies for each coordinate")
     max_frequency: Annotated[float, Field(gt=0)] = option(32.0, "highest frequency, periods across the frame")
+    image_positions: bool = option(True, "patch tokens get the code of their places, as corners do")
 
 
 class EncoderModelOptions(Block):
@@ -152,6 +153,7 @@ class EncoderModelOptions(Block):
     resize_mode: Literal["pad", "resize"] = option("pad", "how images become square")
     vision: TowerOptions = block(TowerOptions, "image tower, from scratch")
     text: TowerOptions = block(lambda: TowerOptions(num_hidden_layers=2), "text encoder, from scratch")
+    position_init: Literal["normal", "sincos"] = option("normal", "position embeddings a tower from scratch starts with")
     projection_dim: Positive = option(96, "dimension of the shared space")
     prompter: PrompterOptions | None = block(PrompterOptions, "null: a plain CLIP")
     logit_scale_init: Annotated[float, Field(gt=0)] = option(1 / 0.07, "initial multiplier of the cosines")
