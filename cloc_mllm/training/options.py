@@ -153,7 +153,7 @@ class EncoderModelOptions(Block):
     resize_mode: Literal["pad", "resize"] = option("pad", "how images become square")
     vision: TowerOptions = block(TowerOptions, "image tower, from scratch")
     text: TowerOptions = block(lambda: TowerOptions(num_hidden_layers=2), "text encoder, from scratch")
-    position_init: Literal["normal", "sincos"] = option("normal", "position embeddings a tower from scratch starts with")
+    position_init: Literal["normal", "sincos"] = option("normal", "first position embeddings of a tower from scratch")
     projection_dim: Positive = option(96, "dimension of the shared space")
     prompter: PrompterOptions | None = block(PrompterOptions, "null: a plain CLIP")
     logit_scale_init: Annotated[float, Field(gt=0)] = option(1 / 0.07, "initial multiplier of the cosines")
