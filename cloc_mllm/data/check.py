@@ -214,13 +214,12 @@ def _title(sample: Sample) -> str:
     """What a contact sheet says below a picture."""
     if kind_of(sample) == "region-text":
         return str(sample.get("caption", ""))
-    words = [
-        str(item.get("text", "<region>"))
-        for message in messages_of(sample)[:2]
-        for item in (message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}])
-        if item.get("type") != "image"
-    ]
-    return "".join(words) + (f" -> {sample['answer']}" if "answer" in sample else "")
+    turns = []
+    for message in messages_of(sample)[:2]:
+        content = message["content"]
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        turns.append("".join(item.get("text", f"<{item['type']}>") for item in items if item["type"] != "image"))
+    return " / ".join([*turns, *([str(sample["answer"])] if "answer" in sample else [])])
 
 
 def draw_sheet(path: str | Path, out: str | Path, count: int = 24) -> int:

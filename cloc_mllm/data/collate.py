@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.conversation_cloc_mllm import ConversationError
 
 Batch = dict[str, Any]
 
@@ -84,10 +85,12 @@ class ConversationCollator:
 
     Args:
         processor: A `ClocMllmProcessor`; ids and labels are built together in its `encode`.
+        max_length: Longest sequence in tokens; longer ones lose whole exchanges, as `encode` says. None for no limit.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, max_length: int | None = None) -> None:
         self.processor = processor
+        self.max_length = max_length
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """The batch of some items, as `ClocMllmProcessor.encode(..., return_labels=True)` makes it.
@@ -95,22 +98,14 @@ class ConversationCollator:
         Raises:
             ClocError: The processor refuses a sample; the message names it.
         """
+        conversations = [sample["messages"] for sample in samples]
         try:
-            return dict(self.processor.encode([sample["messages"] for sample in samples], return_labels=True))
-        except ValueError as error:
-            culprit = self._culprit(samples)
+            return dict(self.processor.encode(conversations, return_labels=True, max_length=self.max_length))
+        except ConversationError as error:
+            culprit = samples[error.index]
             raise ClocError(
-                str(error),
-                file=culprit[0].get("file"),
-                sample=_named(culprit),
+                error.problem,
+                file=culprit.get("file"),
+                sample=_named([culprit]),
                 remedy="Mend or remove it; `cloc-mllm data check` lists all that break the schema.",
             ) from error
-
-    def _culprit(self, samples: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        """The one sample that is refused on its own, or all of them if none is."""
-        for sample in samples:
-            try:
-                self.processor.encode([sample["messages"]], return_labels=True)
-            except ValueError:
-                return [sample]
-        return samples

@@ -38,7 +38,7 @@ def llava_problems(sample: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"turn {k} is not an object", 'A turn is {"from": "human", "value": "..."}.')
             continue
         yield from key_problems(turn, ("from", "value"), f"turn {k}")
-        if turn.get("from") not in LLAVA_ROLES:
+        if not isinstance(turn.get("from"), str) or turn["from"] not in LLAVA_ROLES:
             yield Problem(f"turn {k} is from {turn.get('from')!r}", f"Write one of {', '.join(LLAVA_ROLES)}.")
         if not isinstance(turn.get("value"), str):
             yield Problem(f"turn {k} has no text", "Give it a text.")

@@ -184,7 +184,7 @@ def conversation_problems(
     if not isinstance(messages, (list, tuple)) or not messages:
         yield Problem("'messages' is not a list of turns", 'A turn is {"role": "user", "content": [...]}.')
         return
-    expected = "user"
+    expected, shown = "user", 0
     for k, message in enumerate(messages):
         what = f"message {k}"
         if not isinstance(message, Mapping):
@@ -200,15 +200,31 @@ def conversation_problems(
             if role != expected:
                 yield Problem(f"{what} is a turn of the {role}, not of the {expected}", "User and assistant alternate.")
             expected = "assistant" if role == "user" else "user"
-        yield from content_problems(message.get("content"), role, what, sizes)
+        content = message.get("content")
+        yield from content_problems(content, role, what, sizes, shown)
+        shown += sum(_type(item) == "image" for item in content) if isinstance(content, (list, tuple)) else 0
     last = messages[-1].get("role") if isinstance(messages[-1], Mapping) else None
     wanted = "assistant" if answered else "user"
     if last != wanted:
         yield Problem(f"the last message is not the {wanted}'s", "Add the turn that is missing, or drop the last one.")
 
 
-def content_problems(content: Any, role: Any, what: str, sizes: Sequence[Size | None]) -> Iterator[Problem]:
-    """Everything wrong with the content of one message."""
+def _type(item: Any) -> Any:
+    return item.get("type") if isinstance(item, Mapping) else None
+
+
+def content_problems(
+    content: Any, role: Any, what: str, sizes: Sequence[Size | None], shown: int = 0
+) -> Iterator[Problem]:
+    """Everything wrong with the content of one message.
+
+    Args:
+        content: A text or a list of items.
+        role: Who speaks.
+        what: What to call the message.
+        sizes: Width and height of every image of the conversation, None where one could not be read.
+        shown: Number of images that earlier messages hold: a region is on the one shown last, unless it says which.
+    """
     if isinstance(content, str):
         yield from text_problems(content, f"the content of {what}")
         yield from _placeholder_problems(content, what)
@@ -217,8 +233,8 @@ def content_problems(content: Any, role: Any, what: str, sizes: Sequence[Size | 
         yield Problem(f"the content of {what} is neither a text nor a list of items", "Give it some content.")
         return
     for item in content:
-        kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind not in ITEM_KEYS:
+        kind = _type(item)
+        if not isinstance(kind, str) or kind not in ITEM_KEYS:
             yield Problem(f"{what} has an item of type {kind!r}", f"Types are {', '.join(ITEM_KEYS)}.")
             continue
         yield from key_problems(item, ITEM_KEYS[kind], f"an item of {what}")
@@ -227,13 +243,16 @@ def content_problems(content: Any, role: Any, what: str, sizes: Sequence[Size | 
                 yield Problem(f"empty text: {what} has a text item without text", "Leave the item out.")
             else:
                 yield from _placeholder_problems(item["text"], what)
-        elif kind == "image" and role == "assistant":
-            yield Problem(f"{what} is the assistant's and holds an image", "Images belong to the user's turns.")
-        elif kind == "region":
-            yield from _region_item_problems(item, role, what, sizes)
-    texts = [item.get("text") for item in content if isinstance(item, Mapping) and item.get("type") == "text"]
-    if all(isinstance(item, Mapping) and item.get("type") == "text" for item in content) and texts:
-        joined = "".join(text for text in texts if isinstance(text, str))
+        elif kind == "image":
+            shown += 1
+            if role != "user":
+                yield Problem(f"{what} is the {role}'s and holds an image", "Images belong to the user's turns.")
+        elif role == "system":
+            yield Problem(f"{what} is a system message and holds a region", "Regions belong to the dialogue.")
+        else:
+            yield from _region_item_problems(item, role, what, sizes, shown)
+    if all(_type(item) == "text" and isinstance(item.get("text"), str) for item in content):
+        joined = "".join(item["text"] for item in content)
         if joined and not joined.strip():
             yield Problem(f"empty text: {what} is blank", "Give it a text, or leave the turn out.")
 
@@ -248,15 +267,16 @@ def _placeholder_problems(text: str, what: str) -> Iterator[Problem]:
 
 
 def _region_item_problems(
-    item: Mapping[str, Any], role: Any, what: str, sizes: Sequence[Size | None]
+    item: Mapping[str, Any], role: Any, what: str, sizes: Sequence[Size | None], shown: int
 ) -> Iterator[Problem]:
     if ("box" in item) == ("point" in item):
         yield Problem(f"a region of {what} has not exactly one of 'box' and 'point'", "Give one of them.")
         return
-    number = item.get("image", 0)
-    if not isinstance(number, int) or not 0 <= number < len(sizes):
-        remedy = 'Add the image, or let "image" be the number of one, counted from 0.'
-        yield Problem(f"a region of {what} points to image {number!r}, but there are {len(sizes)} images", remedy)
+    number = item.get("image", shown - 1)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(sizes):
+        where = f"image {number!r}" if "image" in item else "an image before it"
+        remedy = 'Put the image before it, or let "image" be the number of one, counted from 0.'
+        yield Problem(f"a region of {what} is on {where}, but the conversation has {len(sizes)} images", remedy)
         return
     if "box" in item:
         yield from box_problems(item["box"], sizes[number], f"a box of {what}:")

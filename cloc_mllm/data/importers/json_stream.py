@@ -15,6 +15,7 @@ from cloc_mllm.errors import ClocError
 
 _WINDOW = 1 << 20
 _SPACE = " \t\r\n"
+_AFTER_VALUE = _SPACE + ",]}"
 
 
 class _Window:
@@ -60,8 +61,9 @@ class _Window:
                 if not self.refill():
                     raise self.error(str(error)) from error
                 continue
-            # A number or word that ends with the window may go on behind it.
-            if end == len(self.text) and self.refill():
+            # A number that ends near the window's end may go on behind it: "0." reads as 0 and a stray point.
+            cut = end == len(self.text) or (isinstance(value, (int, float)) and self.text[end] not in _AFTER_VALUE)
+            if cut and self.refill():
                 continue
             self.at = end
             return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -157,8 +158,9 @@ def _chunks(
     # Spawned, not forked: the caller may already hold threads of a training framework.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = [pool.submit(_write_chunk, source, folder, split, *job) for job in jobs]
-        yield from (future.result() for future in futures)
+        futures = deque(pool.submit(_write_chunk, source, folder, split, *job) for job in jobs)
+        while futures:
+            yield futures.popleft().result()
 
 
 def _write_split(source: SceneSource, out: Path, split: str, count: int, workers: int, bar: tqdm[Any]) -> None:
