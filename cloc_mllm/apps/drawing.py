@@ -12,6 +12,14 @@ PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 TRUE_COLOUR = "#009E73"
 PREDICTED_COLOUR = "#D55E00"
 PROMPT_COLOUR = "#0072B2"
+MODEL_COLOURS = {
+    "clip": PALETTE[1],
+    "cloc": PALETTE[0],
+    "cloc_prompter": PALETTE[0],
+    "clip_captions": PALETTE[3],
+    "clip_roi": PALETTE[3],
+    "blind": PALETTE[5],
+}
 SMALLEST_SIDE = 480
 
 

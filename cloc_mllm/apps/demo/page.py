@@ -17,7 +17,7 @@ from PIL import Image
 from cloc_mllm.apps.demo.charts import Curve, interval_bar, line_chart
 from cloc_mllm.apps.demo.findings import majority_of, percent
 from cloc_mllm.apps.demo.progress import format_seconds
-from cloc_mllm.apps.drawing import PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
+from cloc_mllm.apps.drawing import MODEL_COLOURS, PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
 from cloc_mllm.models.image_processing_cloc import load_image
 
 ENCODER_METRICS = {
@@ -38,14 +38,6 @@ MLLM_METRICS = {
     "grounding_acc50": "box of a phrase, IoU ≥ 0.5",
 }
 READOUT_METRICS = ("region_top1", "region_macc", "region_r2t_r1", "region_t2r_r1", "region_size_acc")
-MODEL_COLOURS = {
-    "clip": PALETTE[1],
-    "cloc": PALETTE[0],
-    "cloc_prompter": PALETTE[0],
-    "clip_captions": PALETTE[3],
-    "clip_roi": PALETTE[3],
-    "blind": PALETTE[5],
-}
 SHOWN_PICTURES = 8
 SHOWN_CHATS = 4
 

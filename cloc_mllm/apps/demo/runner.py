@@ -88,12 +88,14 @@ def run_demo(plan: DemoPlan, out: str | os.PathLike[str], *, fresh: bool = False
     stamps = StageRunner(folder, plan.slots, stage_environment(threads), progress).run(stages)
 
     from cloc_mllm.apps.demo.page import write_page
+    from cloc_mllm.apps.demo.picture import write_picture
     from cloc_mllm.apps.demo.report import build_report, write_report
 
     report = build_report(plan, files, stamps, seconds=time.monotonic() - started, command=shlex.join(_own_command()))
     write_report(report, folder)
     runs = {name: folder / name for name in training_runs(plan, files, plan.seeds[0])}
     page = write_page(report, folder, runs, folder / DATA / "test")
+    write_picture(report, folder, folder / DATA / "test")
     progress.say(f"done in {format_seconds(time.monotonic() - started)}: {page}")
     return page
 

@@ -13,9 +13,11 @@ from PIL import Image
 
 from cloc_mllm.apps.demo.findings import difference, findings
 from cloc_mllm.apps.demo.page import write_page
+from cloc_mllm.apps.demo.picture import write_picture
 from cloc_mllm.apps.demo.plan import PRESETS, make_plan
 from cloc_mllm.apps.demo.report import build_report, targets, write_report
 from cloc_mllm.apps.demo.runner import DATA, SAMPLES, DemoFiles, build_stages, open_demo_folder
+from cloc_mllm.apps.drawing import MODEL_COLOURS, TRUE_COLOUR
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.launch import programs_folder
 
@@ -187,6 +189,14 @@ def test_page_stands_alone_and_is_well_formed(demo: tuple[dict[str, Any], DemoFi
     ):
         assert f">{heading}<" in text
     assert "20.0 %" in text
+
+
+def test_picture_shows_every_sample(demo: tuple[dict[str, Any], DemoFiles]) -> None:
+    report, files = demo
+    picture = Image.open(write_picture(report, files.out, files.out / DATA / "test")).convert("RGB")
+    colours = {colour for _, colour in picture.getcolors(1 << 24) or []}
+    for wanted in (TRUE_COLOUR, MODEL_COLOURS["clip"], MODEL_COLOURS["cloc"]):
+        assert tuple(int(wanted[start : start + 2], 16) for start in (1, 3, 5)) in colours
 
 
 def test_findings_follow_from_the_numbers(demo: tuple[dict[str, Any], DemoFiles]) -> None:
