@@ -76,7 +76,9 @@ def _tile(sample: Mapping[str, Any], images: Path) -> Image.Image:
     for name, answer in sample["answers"].items():
         colour = MODEL_COLOURS.get(name, PALETTE[6])
         boxes += [DrawnBox(item["box"], colour=colour) for item in answer["boxes"]]
-    return draw_boxes(load_image(images / sample["image"]), boxes).resize((TILE, TILE), Image.Resampling.LANCZOS)
+    return draw_boxes(load_image(images / sample["image"]), boxes, smallest_side=TILE).resize(
+        (TILE, TILE), Image.Resampling.LANCZOS
+    )
 
 
 def _overlaps(sample: Mapping[str, Any]) -> str:
