@@ -70,16 +70,16 @@ def test_results_come_in_rank_order_and_tensors_travel() -> None:
 def test_an_error_comes_with_its_traceback_and_does_not_wait_for_the_timeout() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="rank 1 raised") as caught:
-        run_ranks(one_rank_raises, 2, timeout=60)
+        run_ranks(one_rank_raises, 2, timeout=300)
     assert "KeyError: 'the reason'" in str(caught.value)
     assert "in one_rank_raises" in str(caught.value)
     assert caught.value.rank == 1
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 150
 
 
 def test_a_hang_ends_in_the_stack_it_hangs_on() -> None:
     with pytest.raises(RankError, match="rank 0 did not finish in time") as caught:
-        run_ranks(one_rank_hangs_in_python, 2, timeout=4)
+        run_ranks(one_rank_hangs_in_python, 2, timeout=8)
     assert "in one_rank_hangs_in_python" in str(caught.value)
 
 

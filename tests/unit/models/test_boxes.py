@@ -229,9 +229,9 @@ def test_brackets_without_digits_are_prose() -> None:
 
 @pytest.mark.parametrize("text", ["[" + "1" * 20000 + "(", "[1" + " " * 20000 + "x]", "[" * 20000, "[1,2,3" * 4000])
 def test_long_nonsense_is_read_in_no_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     BoxCodec().decode(text, 1000, 1000)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
