@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from cloc_mllm.models.modeling_cloc import ClocModel
@@ -114,3 +122,21 @@ def assistant(*items: Any) -> dict[str, Any]:
 def grounding_turn(phrase: str = "red circle", box: tuple[float, ...] = (4, 5, 20, 22)) -> dict[str, Any]:
     """An assistant's turn that points out a phrase, as the scenes write it."""
     return assistant(text(f"{phrase} "), region(*box, phrase=phrase))
+
+
+def model_inputs(batch: Any) -> dict[str, Any]:
+    """What of a training batch ``forward`` takes; the rest is the trainer's."""
+    return {name: value for name, value in batch.items() if name not in ("ground_boxes", "ground_phrases")}
+
+
+def stock_llava(model: ClocMllmForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Transformers' own LLaVA with the weights that it has a place for: the oracle for everything but regions."""
+    ours = {"region_encoder", "prompter_config", "grounding", "grounding_config", "region_token_index"}
+    ours |= {"ground_token_index", "model_type", "auto_map", "architectures"}
+    config = LlavaConfig(**{name: value for name, value in model.config.to_dict().items() if name not in ours})
+    stock = LlavaForConditionalGeneration(config).eval()
+    extra = ("model.prompter.", "model.region_projector.", "model.grounding_head.")
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(extra)}
+    stock.load_state_dict(weights)
+    stock.generation_config = model.generation_config
+    return stock

@@ -31,17 +31,32 @@ class AnswerText:
         boxes: ``{"phrase", "box", "image"}`` with the box in pixels of the original image and the image counted
             within the conversation.
         unparsed: What looks like a box and cannot be read, or was to be a box on no image.
+        content: The same as items of a message: as an assistant's turn it renders to what was generated.
     """
 
     text: str = ""
     boxes: list[dict[str, Any]] = field(default_factory=list)
     unparsed: list[str] = field(default_factory=list)
+    content: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a turn, for the conversation to go on from."""
+        return {"role": "assistant", "content": self.content or [{"type": "text", "text": self.text}]}
+
+    def add_text(self, text: str) -> None:
+        """Go on with text."""
+        if text:
+            self.text += text
+            self.content.append({"type": "text", "text": text})
 
     def add_box(self, box: list[float], size: tuple[int, int], image: int, codec: BoxCodec) -> None:
         """Print a box, in pixels, behind the text so far."""
         self.boxes.append({"phrase": phrase_before(self.text), "box": box, "image": image})
         space = "" if not self.text or self.text[-1].isspace() else " "
         self.text += space + codec.encode(box, *size)
+        if box[0] < box[2] and box[1] < box[3]:  # a box that fell wholly into the padding has no area left
+            self.content.append({"type": "region", "box": box, "image": image})
 
 
 def read_answer(text: str, size: tuple[int, int] | None, image: int, codec: BoxCodec) -> AnswerText:
@@ -53,7 +68,8 @@ def read_answer(text: str, size: tuple[int, int] | None, image: int, codec: BoxC
         image: The number of that image.
         codec: Reads the boxes.
     """
-    answer = AnswerText(text=text)
+    answer = AnswerText()
+    answer.add_text(text)
     if size is None:
         return answer
     found = codec.decode(text, *size)

@@ -43,11 +43,16 @@ class GroundedGenerationMixin(GenerationMixin):
             )
         return super().generate(inputs, generation_config, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As every model's, without what belongs to the ``<ground>`` tokens of earlier turns: they need no boxes."""
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As every model's, without what belongs to the ``<ground>`` tokens of earlier turns: they need no boxes.
+
+        ``inputs_embeds`` is named for ``generate`` to see that it may be given.
+        """
         for name in ("ground_image_index", "ground_queries"):
             kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _expand_multimodal_outputs(
         self,

@@ -404,7 +404,7 @@ class ClocMllmProcessor(LlavaProcessor):
                 answers.append(read_answer(text, sizes[-1] if sizes else None, len(sizes) - 1, self.codec))
             else:
                 mine = (generated.ground_row == row).nonzero()[:, 0]  # type: ignore[union-attr]
-                found = zip(generated.pred_boxes[mine].cpu(), images[mine].tolist(), strict=True)
+                found = zip(boxes[mine].cpu(), images[mine].tolist(), strict=True)
                 answers.append(self._put_boxes(ids, [(box, image - first) for box, image in found], sizes))
             first += len(sizes)
         return answers
@@ -417,7 +417,7 @@ class ClocMllmProcessor(LlavaProcessor):
         for end in [*(k for k, token in enumerate(ids) if token == self.ground_token_id), len(ids)]:
             # Decoded from the start each time: a piece on its own may decode without the space before it.
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-            answer.text += text[done:]
+            answer.add_text(text[done:])
             done = len(text)
             if end == len(ids):
                 break
