@@ -83,7 +83,7 @@ def interval_bar(value: float, low: float, high: float, colour: str, floor: floa
     width, height = 180, 16
     x_value, x_low, x_high = (round(width * min(max(share, 0.0), 1.0), 1) for share in (value, low, high))
     parts = [
-        f'<svg class="bar" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'<svg class="bar" viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" '
         f'aria-label="{value:.3f}, 95 % interval {low:.3f} to {high:.3f}">',
         f'<rect class="track" x="0" y="3" width="{width}" height="10"/>',
         f'<rect x="0" y="3" width="{x_value}" height="10" fill="{colour}"/>',

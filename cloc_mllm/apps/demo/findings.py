@@ -122,6 +122,8 @@ def _controls(
             if entry is None or other is None:
                 continue
             gap = difference(entry, other)
+            if gap.verdict == "level" and not _leads_clip(models, ours, metric):
+                continue  # there is no gap to close
             share = _closed_share(models, ours, control, metric)
             text = f"Control {control} ({CONTROLS[control]}), {meaning}: {percent(other['value'])}"
             if gap.verdict == "ahead":
@@ -137,10 +139,15 @@ def _controls(
 def _closed_share(models: Mapping[str, Metrics], ours: str, control: str, metric: str) -> str:
     """Say how much of the way from CLIP to ours the control goes, where ours is clearly ahead of CLIP."""
     entry, base = _pair(models, ours, "clip", metric)
-    if entry is None or base is None or control == "blind" or difference(entry, base).verdict != "ahead":
+    if entry is None or base is None or control == "blind" or not _leads_clip(models, ours, metric):
         return ""
     way = (models[control][metric]["value"] - base["value"]) / (entry["value"] - base["value"])
     return f"; the control goes {percent(min(max(way, 0.0), 1.0), 0)} of the way from clip"
+
+
+def _leads_clip(models: Mapping[str, Metrics], ours: str, metric: str) -> bool:
+    entry, base = _pair(models, ours, "clip", metric)
+    return entry is not None and base is not None and difference(entry, base).verdict == "ahead"
 
 
 def _below_majority(mllms: Mapping[str, Metrics], baselines: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -37,7 +37,10 @@ MLLM_METRICS = {
     "referring_acc": "what is in a box",
     "grounding_acc50": "box of a phrase, IoU ≥ 0.5",
 }
-READOUT_METRICS = ("region_top1", "region_macc", "region_r2t_r1", "region_t2r_r1", "region_size_acc")
+READOUT_TITLES = {
+    "readouts": "Every way a region was read (CLIP's headline takes, for each figure, the best on the validation split)",
+    "localizers": "Every way a phrase was looked for (box_head is trained for it, the others are not)",
+}
 SHOWN_PICTURES = 8
 SHOWN_CHATS = 4
 
@@ -75,8 +78,7 @@ def write_page(report: Mapping[str, Any], out: Path, runs: Mapping[str, Path], i
         colours=colours,
         encoder_metrics=_present(ENCODER_METRICS, report["encoder"]),
         mllm_metrics=_present(MLLM_METRICS, report["mllm"]),
-        readouts=[row for row in report["readouts"] if row["metrics"]],
-        readout_metrics=READOUT_METRICS,
+        readout_tables=_readout_tables(report["readouts"]),
         charts=[Markup(chart) for chart in loss_charts(runs)],
         pictures=pictures,
         legend=legend,
@@ -179,6 +181,16 @@ def _chats(samples: Sequence[Mapping[str, Any]], images: Path) -> list[dict[str,
         picture = draw_boxes(load_image(images / image), prompts, smallest_side=288)
         chats.append({"image": image, "data": data_uri(picture), "turns": turns})
     return chats
+
+
+def _readout_tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one table for the read-outs of regions and one for the ways of finding phrases."""
+    tables = []
+    for kind, title in READOUT_TITLES.items():
+        mine = [row for row in rows if row["kind"] == kind]
+        metrics = list(dict.fromkeys(metric for row in mine for metric in row["metrics"]))
+        tables.append({"title": title, "metrics": metrics, "rows": mine})
+    return [table for table in tables if table["rows"]]
 
 
 def _present(metrics: Mapping[str, str], models: Mapping[str, Any]) -> dict[str, str]:

@@ -193,7 +193,7 @@ def _instruct_stage(plan: DemoPlan, files: DemoFiles, mllm: MllmPlan, seed: int)
     aligned = files.mllm(mllm.name, seed, "align")
     overrides = (
         f"model.init=mllm:{files.export(aligned)}",
-        f"data.encoder={files.export(files.encoder(mllm.encoder, seed))}",
+        f"model.encoder={files.export(files.encoder(mllm.encoder, seed))}",
         f"data.validation={files.out / DATA / 'validation'}",
     )
     return _training_stage(

@@ -213,6 +213,7 @@ def test_findings_follow_from_the_numbers(demo: tuple[dict[str, Any], DemoFiles]
         (control,) = [text for text in controls if "naming a region" in text]
         assert "this control closes the gap" in control, "0.60 against 0.63 ± 0.03 is no difference"
         assert any("clip_roi" in text and "goes 33 % of the way" in text for text in texts)
+        assert not any("caption of an image" in text for text in controls), "where there is no gap, none is closed"
 
 
 def test_a_gain_that_vanishes_is_not_claimed(demo: tuple[dict[str, Any], DemoFiles]) -> None:
