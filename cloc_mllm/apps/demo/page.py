@@ -38,7 +38,7 @@ MLLM_METRICS = {
     "grounding_acc50": "box of a phrase, IoU ≥ 0.5",
 }
 READOUT_TITLES = {
-    "readouts": "Every way a region was read (CLIP's headline takes, for each figure, the best on the validation split)",
+    "readouts": "Every way a region was read (CLIP's headline takes the one that is best on the validation split)",
     "localizers": "Every way a phrase was looked for (box_head is trained for it, the others are not)",
 }
 SHOWN_PICTURES = 8
