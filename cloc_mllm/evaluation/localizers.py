@@ -8,7 +8,6 @@ heat map. All satisfy :class:`Localizer`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,24 +88,26 @@ class GridLocalizer:
     def locate(self, images: EncodedImages, text_embeds: torch.Tensor, owner: torch.Tensor) -> Located:
         """See :class:`Localizer`."""
         found = torch.zeros(len(owner), 4)
-        # The refinement embeds a few dozen boxes for each phrase, each with a copy of its image's tokens.
+        # Image by image, since the search does so too; in parts, since the refinement embeds dozens of boxes for each
+        # phrase, each with a copy of its image's tokens.
         per_phrase = self.search.refine_steps**4 * images.tokens[0].numel()
-        for rows in _groups_of_whole_images(owner, max(1, _GRID_MEMORY // per_phrase)):
-            own, index = owner[rows].unique(return_inverse=True)
-            found[rows] = self._search(images, own, text_embeds[rows], index).float().cpu()
+        for image in owner.unique().tolist():
+            for rows in (owner == image).nonzero()[:, 0].split(max(1, _GRID_MEMORY // per_phrase)):
+                found[rows.cpu()] = self._search(images, image, text_embeds[rows]).float().cpu()
         boxes = _to_pixels(images, found, owner)
         return Located(boxes, _centres(boxes))
 
-    def _search(
-        self, images: EncodedImages, own: torch.Tensor, text_embeds: torch.Tensor, index: torch.Tensor
-    ) -> torch.Tensor:
-        content = torch.stack([images.geometries[image].content for image in own.tolist()])
+    def _search(self, images: EncodedImages, image: int, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Find phrases in one image: ``(P, 4)`` normalised boxes."""
+        content = images.geometries[image].content[None]
+        index = torch.zeros(len(text_embeds), dtype=torch.long, device=text_embeds.device)
         if self.readout == "prompter":
-            return self.encoder.model.ground_features(images.tokens[own], text_embeds, index, content, self.search)[0]
-        patches = images.patches[own]
+            tokens = images.tokens[image : image + 1]
+            return self.encoder.model.ground_features(tokens, text_embeds, index, content, self.search)[0]
+        patches = images.patches[image : image + 1]
 
-        def embed(boxes: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-            return pool_patches(patches, boxes, of)
+        def embed(boxes: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+            return pool_patches(patches, boxes, owner)
 
         return self.search(embed, text_embeds, index, content, self.encoder.scale)[0]
 
@@ -153,15 +154,25 @@ class HeatMapLocalizer:
         return down[:, :, None] & across[:, None, :]
 
 
-def build_localizers(encoder: ClocEncoder) -> list[Localizer]:
-    """Every way this encoder can be asked where something is."""
+def build_localizers(encoder: ClocEncoder, method: str | None = None) -> list[Localizer]:
+    """Make the ways this encoder can be asked where something is.
+
+    Args:
+        encoder: The encoder.
+        method: Only the ways that go with this read-out: ``prompter``, ``roi`` (patches), or ``crop`` (none). Default
+            all but one: a grid over pooled patches is costly and no use to an encoder with a Prompter.
+    """
+    has_prompter = encoder.model.prompter is not None
     found: list[Localizer] = []
-    if encoder.model.box_head is not None:
+    if has_prompter and method in (None, "prompter") and encoder.model.box_head is not None:
         found.append(BoxHeadLocalizer(encoder))
-    if encoder.model.prompter is not None:
+    if has_prompter and method in (None, "prompter"):
         found.append(GridLocalizer(encoder, "prompter"))
-    found.append(GridLocalizer(encoder, "roi"))
-    return [*found, *(HeatMapLocalizer(threshold) for threshold in HEATMAP_THRESHOLDS)]
+    if method == "roi" or (method is None and not has_prompter):
+        found.append(GridLocalizer(encoder, "roi"))
+    if method in (None, "roi"):
+        found += [HeatMapLocalizer(threshold) for threshold in HEATMAP_THRESHOLDS]
+    return found
 
 
 def _to_pixels(images: EncodedImages, boxes: torch.Tensor, owner: torch.Tensor) -> NDArray[np.float64]:
@@ -178,27 +189,20 @@ def _centres(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
-def _groups_of_whole_images(owner: torch.Tensor, at_most: int) -> Sequence[torch.Tensor]:
-    """Split the rows of an ascending ``owner`` into runs of whole images, of ``at_most`` rows if possible."""
-    groups: list[list[int]] = [[]]
-    _, counts = owner.unique_consecutive(return_counts=True)
-    start = 0
-    for count in counts.tolist():
-        if groups[-1] and len(groups[-1]) + count > at_most:
-            groups.append([])
-        groups[-1] += range(start, start + count)
-        start += count
-    return [torch.tensor(rows, device=owner.device) for rows in groups if rows]
-
-
 def _connected(seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Grow ``(P, S, S)`` seeds over the neighbours (eight of them) that are in the mask, until nothing is added."""
-    grown = seed.float()[:, None]
-    allowed = mask.float()[:, None]
+    grown = seed & mask
     while True:
-        wider = functional.max_pool2d(grown, 3, stride=1, padding=1) * allowed
+        # Shifts of booleans: a max-pooling of floats does the same at several times the cost.
+        wider = grown.clone()
+        wider[:, 1:] |= grown[:, :-1]
+        wider[:, :-1] |= grown[:, 1:]
+        down = wider.clone()
+        wider[:, :, 1:] |= down[:, :, :-1]
+        wider[:, :, :-1] |= down[:, :, 1:]
+        wider &= mask
         if torch.equal(wider, grown):
-            return grown[:, 0] > 0
+            return grown
         grown = wider
 
 

@@ -24,6 +24,8 @@ BOOTSTRAP_RESAMPLES = 1000
 
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+_ROWS = 512
+"""Queries compared with the gallery at a time, to bound the memory: whole COCO is 5,000 images x 25,000 captions."""
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -101,16 +103,19 @@ def recall_hits(similarity: ArrayLike, relevant: ArrayLike, k: int = 1) -> NDArr
     Raises:
         ValueError: A query has no right answer, a score is not finite, or the shapes differ.
     """
-    table = _finite(similarity, "similarity")
+    table = np.asarray(similarity)
     right = np.asarray(relevant, dtype=bool)
     if table.shape != right.shape or table.ndim != 2:
         raise ValueError(f"similarity {table.shape} and relevant {right.shape} must both be (queries, gallery)")
     orphans = ~right.any(axis=1)
     if orphans.any():
         raise ValueError(f"{int(orphans.sum())} queries have no right answer in the gallery")
-    best = np.where(right, table, -np.inf).max(axis=1, initial=-np.inf)
-    ahead = (~right & (table >= best[:, None])).sum(axis=1)
-    return ahead < k
+    hits = np.zeros(len(table), dtype=bool)
+    for start in range(0, len(table), _ROWS):
+        part, good = _finite(table[start : start + _ROWS], "similarity"), right[start : start + _ROWS]
+        best = np.where(good, part, -np.inf).max(axis=1, initial=-np.inf)
+        hits[start : start + _ROWS] = (~good & (part >= best[:, None])).sum(axis=1) < k
+    return hits
 
 
 def same_item(query_items: Sequence[Hashable], gallery_items: Sequence[Hashable]) -> NDArray[np.bool_]:

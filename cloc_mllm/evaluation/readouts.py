@@ -110,7 +110,7 @@ class ClocEncoder:
         try:
             model = ClocModel.from_pretrained(path)
             processor = ClocProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ClocError(f"cannot load this encoder ({error})", file=path) from error
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, str(path))
 
@@ -208,13 +208,13 @@ class CropReadout:
 
 
 def build_readouts(encoder: ClocEncoder, names: Sequence[str] | None = None) -> list[RegionReadout]:
-    """Make read-outs by name; by default every one that the encoder has, the Prompter's first.
+    """Make read-outs by name; by default the Prompter's and RoI pooling, or without a Prompter RoI pooling and crops.
 
     Raises:
         ClocError: A name is unknown, or the encoder has no Prompter.
     """
     has_prompter = encoder.model.prompter is not None
-    wanted = list(names) if names else [*(["prompter"] if has_prompter else []), "roi", "crop"]
+    wanted = list(names) if names else (["prompter", "roi"] if has_prompter else ["roi", "crop"])
     if "prompter" in wanted and not has_prompter:
         raise ClocError(
             "this encoder has no Prompter, so it cannot be read through one",

@@ -33,9 +33,10 @@ class DatasetRef:
     Attributes:
         name: The data set: its folder's name, or its preset and seed.
         split: The split's own name, as in ``test``.
-        n: How many of its images were used.
-        total: How many images the split has.
+        n: How many of its samples were used.
+        total: How many samples the split has.
         seed: Of the draw, where n < total.
+        unit: What a sample is.
     """
 
     name: str
@@ -43,21 +44,24 @@ class DatasetRef:
     n: int
     total: int
     seed: int = 0
+    unit: str = "images"
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.total:
-            raise ClocError(f"split '{self.split}' of {self.name} has {self.total} images, {self.n} were asked for")
+            raise ClocError(
+                f"split '{self.split}' of {self.name} has {self.total} {self.unit}, {self.n} were asked for"
+            )
 
     @property
     def label(self) -> str:
         """The split's name if all of it was used, else a name that says it was not."""
         if self.n == self.total:
             return self.split
-        return f"{self.split} subset ({self.n} of {self.total} images, seed {self.seed})"
+        return f"{self.split} subset ({self.n} of {self.total} {self.unit}, seed {self.seed})"
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the report's ``dataset`` entry; ``split`` is :attr:`label`."""
-        return {"name": self.name, "split": self.label, "n": self.n, "of": self.total}
+        return {"name": self.name, "split": self.label, "n": self.n, "of": self.total, "unit": self.unit}
 
 
 def versions() -> dict[str, str]:
@@ -127,8 +131,10 @@ def plain(value: Any) -> Any:
 def aggregate_metrics(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Join the ``metrics`` of several seeds into one: the mean, every seed's value, and their spread.
 
-    ``ci95`` is the mean of the seeds' intervals. They all rest on the same test images, so averaging models does not
-    narrow that part; what seeds add is reported apart, as ``spread`` (sample standard deviation, smallest, largest).
+    ``n`` is the smallest of the seeds' (the read-out chosen for CLIP may differ between seeds, and with it how many
+    regions it was measured on). ``ci95`` is the mean of the seeds' intervals. They all rest on the same test images, so
+    averaging models does not narrow that part; what seeds add is reported apart, as ``spread`` (sample standard
+    deviation, smallest, largest).
 
     Args:
         runs: One metrics dictionary for each seed, in ``report.json``'s form.
@@ -137,7 +143,7 @@ def aggregate_metrics(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[s
         Per metric ``value``, ``ci95``, ``n`` and, where there is more than one run, ``seeds`` and ``spread``.
 
     Raises:
-        ClocError: There is no run, or the runs do not report the same metrics on as many items.
+        ClocError: There is no run, or the runs do not report the same metrics.
     """
     if not runs:
         raise ClocError("there is no run to average over")
@@ -146,11 +152,7 @@ def aggregate_metrics(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[s
         raise ClocError(f"the runs do not report the same metrics: only some have {', '.join(odd)}")
     joined = {}
     for name in runs[0]:
-        entries = [run[name] for run in runs]
-        if len({entry["n"] for entry in entries}) > 1:
-            counts = ", ".join(str(entry["n"]) for entry in entries)
-            raise ClocError(f"the runs measured {name} on different numbers of items: {counts}")
-        joined[name] = _join_seeds(entries)
+        joined[name] = _join_seeds([run[name] for run in runs])
     return joined
 
 
@@ -161,7 +163,7 @@ def _join_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "value": round(statistics.fmean(values), 6),
         "ci95": [round(statistics.fmean(entry["ci95"][end] for entry in entries), 6) for end in (0, 1)],
-        "n": entries[0]["n"],
+        "n": min(entry["n"] for entry in entries),
         "seeds": values,
         "spread": {
             "std": round(statistics.stdev(values), 6),
@@ -215,7 +217,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['suite']}: {', '.join(models)}",
         "",
-        f"On {dataset['name']}, split {dataset['split']}, {dataset['n']} images; {report['frame']}. "
+        f"On {dataset['name']}, split {dataset['split']}, {dataset['n']} {dataset['unit']}; {report['frame']}. "
         f"Unreadable boxes: {report['unparsed']:.1%}. Took {report['seconds']:.1f} s.",
         "",
         *_metric_table(report["metrics"]),

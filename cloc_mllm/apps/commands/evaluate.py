@@ -1,0 +1,72 @@
+"""`cloc-mllm eval`: score a checkpoint on a suite and write `report.json` and `report.md`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_EPILOG = """examples:
+  cloc-mllm eval scenes --model runs/cloc/export --data data/scenes --out runs/cloc/eval
+  cloc-mllm eval scenes --model runs/mllm/export --data data/scenes --limit 400 --out runs/mllm/eval
+  cloc-mllm eval region --model runs/cloc/export --data data/coco --out runs/cloc/coco --method prompter
+
+suites:
+  scenes   procedural scenes: encoders by region and phrase, MLLMs by question (told apart by config.json)
+  region   encoders: recognition and retrieval of regions on any region-text data, such as converted COCO
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `eval` to the command line."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="score an encoder or an MLLM on a suite",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", metavar="SUITE", help="which suite; see below")
+    parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder of an encoder or an MLLM")
+    parser.add_argument("--data", required=True, metavar="D", help="scenes: folder of all splits; region: the data")
+    parser.add_argument("--split", metavar="S", help="scenes: train, validation or test (default: test)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json and report.md")
+    parser.add_argument(
+        "--method",
+        choices=("prompter", "roi", "crop"),
+        help="encoders: read regions in this way only (default: the Prompter, or without one every way)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="images, or questions of each task (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw and interval (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images or questions at a time")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="MLLMs: default %(default)s")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code in the checkpoint run")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the suite that parsed arguments ask for and print its table."""
+    from cloc_mllm.apps.outputs import prepare_output_folder
+    from cloc_mllm.evaluation.suites import EvalOptions, find_suite, run_suite
+
+    find_suite(args.suite)
+    options = EvalOptions(
+        model=args.model,
+        data=args.data,
+        out=str(prepare_output_folder(args.out)),
+        split=args.split,
+        method=args.method,
+        limit=args.limit,
+        seed=args.seed,
+        device=args.device,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )
+    report = run_suite(args.suite, options)
+    for name, entry in report["metrics"].items():
+        if entry["value"] is not None:
+            low, high = (f"{100 * end:.1f}" for end in entry["ci95"])
+            print(f"{name:28s} {100 * entry['value']:6.1f}   [{low}, {high}]   n={entry['n']}")
+    print(f"{options.out}/report.md")
+    return 0
