@@ -48,7 +48,7 @@ def main() -> None:
     )
 
     # 4. The model, whole on every process: ZeRO-3 shards it later, and its checkpoint keeps its plain names.
-    model, processor = build_encoder(config, dataset, world)
+    model, processor = build_encoder(config, world)
     trained, reports = apply_parts(model, config.parts, config.optim)
     if world.is_main:
         print(f"{plan}, {stream.steps} steps of {len(dataset):,} samples\n{describe(reports)}", flush=True)
@@ -63,11 +63,11 @@ def main() -> None:
         args=training_arguments(config, plan, world, zero, stream.steps),
         data_collator=RegionTextCollator(processor, regions=needs_regions(config)),
         eval_dataset=validation_subset(config),
-        processing_class=processor,
+        processor=processor,
     )
 
     # 6. Train, then write the weights to use.
-    train_and_export(trainer, checkpoint, lambda: type(model)(model.config), processor)
+    train_and_export(trainer, checkpoint, lambda: type(model)(model.config))
     launch.leave()
 
 

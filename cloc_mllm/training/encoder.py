@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
-from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
 from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
@@ -21,19 +18,14 @@ from cloc_mllm.models.processing_cloc import ClocProcessor
 from cloc_mllm.training import launch
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.options import EncoderModelOptions, TokenizerOptions
-
-# `<eos>` must not be 2: transformers' CLIP takes 2 as a sign of an old checkpoint and pools at the largest id.
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
+from cloc_mllm.training.tokenizer import TEXT_TOKENS, build_tokenizer, corpus, train_text_tokenizer
 
 
-def build_encoder(
-    config: PretrainConfig, dataset: RegionTextDataset, world: launch.World
-) -> tuple[ClocModel, ClocProcessor]:
+def build_encoder(config: PretrainConfig, world: launch.World) -> tuple[ClocModel, ClocProcessor]:
     """Build or load the encoder to train and its processor, the same on every process.
 
     Args:
         config: The preset.
-        dataset: The training data, for a tokenizer trained on it.
         world: This process's place.
 
     Returns:
@@ -48,8 +40,14 @@ def build_encoder(
     if kind == "clip":
         return _from_clip(path, config)
     tokenizer = build_tokenizer(
-        config.tokenizer, lambda: region_text_corpus(dataset), Path(config.run.output) / "tokenizer", world
+        config.tokenizer,
+        lambda: train_text_tokenizer(corpus(config.tokenizer.corpus or config.data.train), config.tokenizer),
+        Path(config.run.output) / "tokenizer",
+        world,
     )
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise ClocError(f"has no {name}, which the text encoder needs", file=config.tokenizer.path)
     torch.manual_seed(config.run.seed)
     model = ClocModel(encoder_config(config.model, config.tokenizer, tokenizer))
     if config.model.position_init == "sincos":
@@ -77,7 +75,7 @@ def encoder_config(
         patch_size=options.patch_size,
         projection_dim=options.projection_dim,
     )
-    ids = {f"{name}_token_id": SPECIAL_TOKENS.index(f"<{name}>") for name in ("bos", "eos", "pad")}
+    ids = {f"{name}_token_id": TEXT_TOKENS.index(f"<{name}>") for name in ("bos", "eos", "pad")}
     if tokenizer is not None:
         ids = {key: getattr(tokenizer, key) for key in ids}
     language = CLIPTextConfig(
@@ -191,81 +189,6 @@ def require_complete(info: dict[str, Any], path: str | Path) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ClocError(f"{words}: {', '.join(names[:3])}{more}", file=path)
-
-
-def build_tokenizer(
-    options: TokenizerOptions, corpus: Any, folder: Path, world: launch.World, extra: tuple[str, ...] = ()
-) -> PreTrainedTokenizerFast:
-    """Load or train a tokenizer; the main process trains, and every process loads the same file.
-
-    Args:
-        options: The preset's `tokenizer` block.
-        corpus: Called to get an iterable of texts, only where a tokenizer is trained.
-        folder: Where a trained tokenizer is kept in the run folder.
-        world: This process's place.
-        extra: More special tokens.
-
-    Raises:
-        ClocError: The path holds no usable tokenizer.
-    """
-    if options.path is None:
-        if world.is_main:
-            train_tokenizer(corpus(), options, extra).save_pretrained(str(folder))
-        launch.barrier()
-    source = folder if options.path is None else Path(options.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ClocError(f"holds no tokenizer: {error}", file=source) from error
-    for name in ("bos_token", "eos_token", "pad_token"):
-        if getattr(tokenizer, name) is None:
-            raise ClocError(f"the tokenizer has no {name}", file=source, remedy="CLIP's text encoder needs it.")
-    return tokenizer
-
-
-def train_tokenizer(
-    texts: Iterable[str], options: TokenizerOptions, extra: tuple[str, ...] = ()
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, so small that a demonstration's text encoder is small too.
-
-    Args:
-        texts: The corpus.
-        options: Vocabulary size, and whether texts are lower-cased (by the processor, hence here as well).
-        extra: More special tokens, after `<pad> <bos> <unk> <eos>`.
-
-    Returns:
-        A tokenizer that wraps each text in `<bos>` and `<eos>`.
-    """
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, *extra],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    core.train_from_iterator((text.lower() if options.lowercase else text for text in texts), trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        special_tokens=[("<bos>", SPECIAL_TOKENS.index("<bos>")), ("<eos>", SPECIAL_TOKENS.index("<eos>"))],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        model_max_length=options.max_length,
-    )
-
-
-def region_text_corpus(dataset: RegionTextDataset) -> Iterator[str]:
-    """Yield every caption and region text of a dataset, without opening an image."""
-    for index in range(len(dataset)):
-        sample = dataset.source[index]
-        yield from (sample.get("captions") or [sample.get("caption", "")])
-        yield from (str(region.get("text", "")) for region in sample.get("regions") or [])
 
 
 def _from_clip(path: str, config: PretrainConfig) -> tuple[ClocModel, ClocProcessor]:

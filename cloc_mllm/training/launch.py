@@ -7,6 +7,7 @@ happens: a stage means DeepSpeed, also in a single plain process; `none` means p
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import random
@@ -184,6 +185,9 @@ def _start_deepspeed(zero: dict[str, Any], world: World, timeout: float) -> None
         table["deepspeed_shm_comm"] = False
     else:
         vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+    if hasattr(torch.compiler, "set_default_backend"):
+        # DeepSpeed decorates functions that only its Muon optimiser calls: no reason to load, or need, a compiler.
+        torch.compiler.set_default_backend("eager")
     if not torch.distributed.is_initialized() or not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=timeout), verbose=False)
 
@@ -235,9 +239,11 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, so that the program ends without warnings."""
+    """Leave the process group, so that the program ends without warnings, and ends at once."""
     import torch
 
+    # The interpreter's last garbage collection would walk through every object of every library for two seconds.
+    gc.freeze()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

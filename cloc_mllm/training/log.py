@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FOLDER = "log"
@@ -73,6 +74,12 @@ class RunLog(TrainerCallback):
 def shows_progress() -> bool:
     """Whether a progress bar would be seen: it falls quiet where stderr is no terminal."""
     return sys.stderr.isatty()
+
+
+def quiet_where_unseen() -> None:
+    """Turn off transformers' own progress bars where stderr is no terminal."""
+    if not shows_progress():
+        transformers_logging.disable_progress_bar()
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -181,6 +181,7 @@ class TokenizerOptions(Block):
     vocab_size: Annotated[int, Field(ge=261)] = option(512, "most entries of a trained tokenizer")
     lowercase: bool = option(True, "lower-case the text first (paper: yes)")
     max_length: Positive = option(77, "longest text in tokens")
+    corpus: list[str] | None = option(None, "data whose texts a tokenizer is trained on; null: data.train")
 
 
 class RegionTextOptions(Block):
@@ -223,11 +224,12 @@ class MllmModelOptions(Block):
     )
     llm: str = option("scratch", "parts: scratch, or a folder or hub name of a causal LM")
     scratch_llm: ScratchLlmOptions = block(ScratchLlmOptions, "size of `llm: scratch`")
+    vision_layer: int = option(-2, "layer of the tower whose patches the LLM sees (LLaVA: the last but one)")
     region_encoder: Literal["none", "prompter", "roi_align"] = option("prompter", "how a <region> is read")
     region_format: Literal["token", "coords", "both"] = option("both", "how a user's region is written")
     grounding: Literal["text", "head"] = option("head", "boxes out: as text, or by <ground> and a head")
     box_format: Literal["norm1000", "norm1", "pixel"] = option("norm1000", "coordinates in text")
-    blind: bool = option(False, "control: the image is dropped, in training and evaluation")
+    blind: bool = option(False, "control: the tower's patch weights are zeroed for good, so no image gets through")
 
     @field_validator("init")
     @classmethod
@@ -250,6 +252,7 @@ class AlignDataOptions(Block):
     train: str = Field(description="region-text samples: a folder or a .jsonl file")
     validation: str | None = option(None, "the same, for validation")
     validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+    max_length: Positive | None = option(None, "longest sequence in tokens; longer ones lose whole exchanges")
     referring: Count = option(2, "regions an image that are given and must be named")
     grounding: Count = option(2, "phrases an image that are given and must be found")
 
@@ -260,6 +263,7 @@ class InstructDataOptions(Block):
     train: str = Field(description="conversations: a folder or a .json/.jsonl file")
     validation: str | None = option(None, "the same, for validation")
     validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+    max_length: Positive | None = option(None, "longest sequence in tokens; longer ones lose whole exchanges")
 
 
 class MllmObjective(Block):

@@ -8,9 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
@@ -18,6 +16,8 @@ from cloc_mllm.training.checkpoint import checkpoints, choose_checkpoint, requir
 from cloc_mllm.training.config import AnyConfig, write_config
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cloc_mllm.training.trainer import ClocTrainer
 
 
@@ -82,6 +82,10 @@ def open_run_folder(config: AnyConfig, resume: str | None, world: launch.World) 
                 f"cannot write here ({error.strerror})", file=folder, remedy="Choose another run.output."
             ) from error
     launch.barrier()
+    # Imported here: until now, all that could be wrong with the command line has been said without waiting for it.
+    from cloc_mllm.training.log import quiet_where_unseen
+
+    quiet_where_unseen()
     return checkpoint
 
 
@@ -89,7 +93,6 @@ def train_and_export(
     trainer: ClocTrainer,
     checkpoint: Path | None,
     build_skeleton: Callable[[], nn.Module],
-    processor: Any,
 ) -> None:
     """Train to the end, then write `export/`.
 
@@ -97,7 +100,6 @@ def train_and_export(
         trainer: The stage's trainer.
         checkpoint: What to resume from, or ``None``.
         build_skeleton: Builds the model anew with its parts applied, for the export.
-        processor: Saved beside the weights.
     """
     if checkpoint is not None:
         require_same_run(checkpoint, trainer.run_state())
@@ -108,7 +110,7 @@ def train_and_export(
         # Imported late: it is needed once, at the very end.
         from cloc_mllm.training.export import export_model
 
-        export_model(trainer, build_skeleton, processor, metrics)
+        export_model(trainer, build_skeleton, trainer.processor, metrics)
     if trainer.world.is_main:
         done = {
             "stage": trainer.config.stage,

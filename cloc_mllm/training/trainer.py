@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
@@ -50,8 +49,6 @@ def training_arguments(
         models are built afterwards.
     """
     run, optim = config.run, config.optim
-    if not shows_progress():
-        transformers_logging.disable_progress_bar()
     return TrainingArguments(
         output_dir=run.output,
         max_steps=steps,
@@ -98,6 +95,8 @@ class ClocTrainer(Trainer):
         world: This process's place.
         zero: The DeepSpeed configuration, or ``None``.
         stream: The training samples.
+        processor: Saved in every checkpoint beside the weights. It is not handed to transformers' Trainer, which
+            would rewrite the model's special tokens after it.
         **kwargs: Passed to `transformers.Trainer`: `model`, `args`, `data_collator`, `eval_dataset`, …
     """
 
@@ -105,9 +104,17 @@ class ClocTrainer(Trainer):
     """Parameter groups (by part) whose values are kept between two bounds."""
 
     def __init__(
-        self, config: AnyConfig, world: launch.World, zero: dict[str, Any] | None, stream: StepStream, **kwargs: Any
+        self,
+        config: AnyConfig,
+        world: launch.World,
+        zero: dict[str, Any] | None,
+        stream: StepStream,
+        *,
+        processor: Any,
+        **kwargs: Any,
     ) -> None:
         self.config, self.world, self.zero, self.stream = config, world, zero, stream
+        self.processor = processor
         super().__init__(train_dataset=stream, **kwargs)
         self._pop_printer()
         self.add_callback(
@@ -226,7 +233,9 @@ class ClocTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         launch.barrier()
         if self.world.is_main:
-            self.run_state().write(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self.processor.save_pretrained(str(folder))
+            self.run_state().write(folder)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 

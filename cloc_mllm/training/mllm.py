@@ -1,0 +1,270 @@
+"""Builds the MLLM a preset asks for, and the conversations it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from cloc_mllm.data.collate import ConversationCollator
+from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
+from cloc_mllm.errors import ClocError
+from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
+from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
+from cloc_mllm.training import launch
+from cloc_mllm.training.config import AlignConfig, InstructConfig
+from cloc_mllm.training.encoder import load_encoder, require_complete, require_model_type
+from cloc_mllm.training.options import AlignDataOptions, MllmModelOptions
+from cloc_mllm.training.tokenizer import build_tokenizer, corpus, train_chat_tokenizer
+
+TuneConfig = AlignConfig | InstructConfig
+
+
+def build_mllm(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
+    """Build or load the MLLM to train and its processor, the same on every process.
+
+    Args:
+        config: The preset.
+        world: This process's place.
+
+    Returns:
+        The model in fp32 on the CPU, in training mode, and its processor.
+
+    Raises:
+        ClocError: A part is missing, incomplete or unfit.
+    """
+    kind, _, path = config.model.init.partition(":")
+    model, processor = load_mllm(path) if kind == "mllm" else _from_parts(config, world)
+    if config.model.blind:
+        blind(model, tower_mode=config.parts.vision_tower.mode)
+    return model.train(), processor
+
+
+def load_mllm(path: str | Path) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
+    """Load an MLLM's export, completely or not at all.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ClocError: There is none, it is of another model, or weights are missing.
+    """
+    require_model_type(path, "cloc_mllm")
+    try:
+        model, info = ClocMllmForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
+        processor = ClocMllmProcessor.from_pretrained(path)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ClocError(f"cannot be loaded as an MLLM: {error}", file=path) from error
+    require_complete(info, path)
+    return model, processor
+
+
+@torch.no_grad()
+def blind(model: nn.Module, tower_mode: str) -> None:
+    """Make a model that sees no image, now and wherever it is loaded: the control of a language model's guessing.
+
+    Every image then looks the same to the tower, hence to everything behind it: projector, region encoder, grounding
+    head. Nothing else changes, so the control runs through the same programs, data and evaluation.
+
+    Args:
+        model: The MLLM; its tower's patch embedding is zeroed.
+        tower_mode: How the preset treats the tower; only `frozen` keeps it blind.
+
+    Raises:
+        ClocError: The tower would learn to see again, or has no patch embedding.
+    """
+    if tower_mode != "frozen":
+        raise ClocError("'model.blind' needs 'parts.vision_tower: frozen': a trained tower would learn to see again")
+    patches = [module for name, module in model.named_modules() if name.endswith("patch_embedding")]
+    if not patches:
+        raise ClocError("'model.blind': this tower has no patch embedding to blind")
+    for module in patches:
+        for parameter in module.parameters():
+            parameter.zero_()
+
+
+def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
+    options = config.model
+    assert options.encoder is not None  # `MllmModelOptions` has checked it
+    encoder, encoder_processor = load_encoder(options.encoder)
+    tokenizer = _llm_tokenizer(config, world)
+    try:
+        processor = ClocMllmProcessor.from_parts(
+            encoder_processor.image_processor,
+            tokenizer,
+            encoder.config.vision_config,
+            region_format=region_format(options),
+            grounding=options.grounding,
+            box_mode=options.box_format,
+        )
+        torch.manual_seed(config.run.seed)
+        llm = _language_model(options, processor.tokenizer, vocabulary=len(tokenizer))
+        model = ClocMllmForConditionalGeneration.from_parts(
+            encoder.eval(),
+            llm,
+            processor.tokenizer,
+            region_encoder=options.region_encoder,
+            grounding=options.grounding,
+            vision_feature_layer=options.vision_layer,
+        )
+    except ValueError as error:
+        raise ClocError(f"encoder and LLM do not go together: {error}", file=options.encoder) from error
+    return model, processor
+
+
+def region_format(options: MllmModelOptions) -> str:
+    """Return how regions are written: as coordinates only, where nothing fills a `<region>` token."""
+    return "coords" if options.region_encoder == "none" else options.region_format
+
+
+def _llm_tokenizer(config: TuneConfig, world: launch.World) -> Any:
+    """Return the LLM's own tokenizer, or one trained on the preset's texts for an LLM from scratch."""
+    if config.model.llm != "scratch":
+        try:
+            return AutoTokenizer.from_pretrained(config.model.llm)
+        except (OSError, ValueError) as error:
+            raise ClocError(f"holds no tokenizer: {error}", file=config.model.llm) from error
+    files = ("regions.jsonl", "conversations.jsonl")
+    return build_tokenizer(
+        config.tokenizer,
+        lambda: train_chat_tokenizer(
+            corpus(config.tokenizer.corpus or config.data.train, files=files), config.tokenizer
+        ),
+        Path(config.run.output) / "tokenizer",
+        world,
+    )
+
+
+def _language_model(options: MllmModelOptions, tokenizer: Any, vocabulary: int) -> PreTrainedModel:
+    """Return the language model, in fp32."""
+    if options.llm == "scratch":
+        size = options.scratch_llm.model_dump()
+        size["num_key_value_heads"] = size["num_key_value_heads"] or size["num_attention_heads"]
+        return LlamaForCausalLM(
+            LlamaConfig(
+                **size,
+                vocab_size=vocabulary,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(options.llm, dtype=torch.float32)
+    except (OSError, RuntimeError) as error:
+        raise ClocError(f"cannot be loaded as a causal LM: {error}", file=options.llm) from error
+
+
+class AlignConversations(Dataset):
+    """Region-text samples as short conversations: tell what is seen, name what is shown, find what is named.
+
+    Args:
+        dataset: The samples, with all regions they are to have.
+        referring: Most regions an image that are shown and must be named.
+        grounding: Most phrases an image that must be found; only phrases that name one region of their image.
+        seed: Seed of which regions play which part.
+    """
+
+    def __init__(self, dataset: RegionTextDataset, options: AlignDataOptions, seed: int) -> None:
+        self.dataset, self.options, self.seed = dataset, options, seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass over the data this is."""
+        self._epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        order = np.random.default_rng([self.seed, self._epoch, index]).permutation(len(item["regions"]))
+        regions = [item["regions"][int(k)] for k in order]
+        to_find = [region for region in regions if region["unique"]][: self.options.grounding]
+        to_name = [region for region in regions if not any(region is found for found in to_find)]
+        if len(to_name) < self.options.referring:
+            to_name += to_find
+        messages = _turn([{"type": "image", "image": item["image"]}, _text("Describe the image.")], item["caption"])
+        for region in to_name[: self.options.referring]:
+            question = [_text("What is "), {"type": "region", "box": region["box"]}, _text("?")]
+            messages += _turn(question, str(region["text"]))
+        for region in to_find:
+            answer = [_text(f"{region['text']} "), {"type": "region", "box": region["box"], "phrase": region["text"]}]
+            messages += _turn([_text(f"Where is the {region['text']}?")], answer)
+        return {"messages": messages, "id": item["id"], "sample": item["id"], "index": index}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _turn(question: list[dict[str, Any]], answer: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    said = [_text(answer)] if isinstance(answer, str) else answer
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+
+
+def conversations(config: TuneConfig, path: str) -> Any:
+    """Return the map-style dataset of conversations that a preset's stage trains on.
+
+    Args:
+        config: The preset.
+        path: Its data, or its validation data.
+    """
+    if isinstance(config, InstructConfig):
+        return ConversationDataset(path, seed=config.run.seed)
+    return AlignConversations(
+        RegionTextDataset(path, max_regions=None, seed=config.run.seed), config.data, config.run.seed
+    )
+
+
+def validation_conversations(config: TuneConfig) -> Subset | None:
+    """Return the validation samples of a preset, or ``None``."""
+    if config.data.validation is None:
+        return None
+    dataset = conversations(config, config.data.validation)
+    return Subset(dataset, range(min(len(dataset), config.data.validation_samples)))
+
+
+def conversation_collator(processor: ClocMllmProcessor, max_length: int | None) -> ConversationCollator:
+    """Return the collator of training batches.
+
+    Args:
+        processor: The MLLM's.
+        max_length: Longest sequence in tokens.
+    """
+    if max_length is None:
+        return ConversationCollator(processor)
+    return ConversationCollator(SimpleNamespace(encode=partial(processor.encode, max_length=max_length)))
+
+
+def first_sample_report(processor: ClocMllmProcessor, item: Mapping[str, Any], most: int = 1200) -> str:
+    """Return the first sample as the model will see it, what is learnt in brackets.
+
+    Args:
+        processor: The MLLM's.
+        item: An item of the dataset.
+        most: Characters shown.
+    """
+    batch = processor.encode([item["messages"]], return_labels=True)
+    ids: Sequence[int] = batch["input_ids"][0].tolist()
+    learnt = [label != -100 for label in batch["labels"][0].tolist()]
+    text, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or learnt[end] != learnt[start]:
+            piece = processor.tokenizer.decode(ids[start:end])
+            text += f"⟦{piece}⟧" if learnt[start] else piece
+            start = end
+    image = "<image>" * processor.num_image_tokens
+    text = text.replace(image, f"<image> x {processor.num_image_tokens} ")
+    return text if len(text) <= most else text[:most] + " …"

@@ -1,0 +1,131 @@
+"""Small byte-level BPE tokenizers trained from a run's own texts, so that models from scratch can be small too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cloc_mllm.data.messages import messages_of
+from cloc_mllm.data.readers import open_samples
+from cloc_mllm.errors import ClocError
+from cloc_mllm.training import launch
+from cloc_mllm.training.options import TokenizerOptions
+
+# `<eos>` must not be 2: transformers' CLIP takes 2 as a sign of an old checkpoint and pools at the largest id.
+TEXT_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
+
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""ChatML's markers: the processor recognises them and picks its template by them."""
+
+
+def build_tokenizer(
+    options: TokenizerOptions, train: Callable[[], PreTrainedTokenizerFast], folder: Path, world: launch.World
+) -> PreTrainedTokenizerFast:
+    """Load or train a tokenizer; the main process trains, and every process loads the same file.
+
+    Args:
+        options: The preset's `tokenizer` block.
+        train: Trains one, where the options name none.
+        folder: Where a trained tokenizer is kept in the run folder.
+        world: This process's place.
+
+    Raises:
+        ClocError: The path holds no tokenizer.
+    """
+    if options.path is None:
+        if world.is_main:
+            train().save_pretrained(str(folder))
+        launch.barrier()
+    source = folder if options.path is None else Path(options.path)
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ClocError(f"holds no tokenizer: {error}", file=source) from error
+
+
+def train_text_tokenizer(texts: Iterable[str], options: TokenizerOptions) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of a text encoder: every text is wrapped in `<bos>` and `<eos>`.
+
+    Args:
+        texts: The corpus.
+        options: Vocabulary size, and whether texts are lower-cased (by the processor, hence here as well).
+    """
+    core = _train(texts, options, TEXT_TOKENS, add_prefix_space=True)
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        special_tokens=[("<bos>", TEXT_TOKENS.index("<bos>")), ("<eos>", TEXT_TOKENS.index("<eos>"))],
+    )
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=options.max_length, **names)
+
+
+def train_chat_tokenizer(texts: Iterable[str], options: TokenizerOptions) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of a language model from scratch, with ChatML's markers.
+
+    Args:
+        texts: The corpus.
+        options: Vocabulary size, and whether texts are lower-cased.
+    """
+    # The template writes roles and line breaks around every turn: they deserve tokens of their own.
+    turns = (text for line in texts for text in (line, "user\n", "assistant\n"))
+    core = _train(turns, options, CHAT_TOKENS, add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+def corpus(paths: str | Sequence[str], files: Sequence[str] = ("regions.jsonl",)) -> Iterator[str]:
+    """Yield every text of region-text samples or conversations, without opening an image.
+
+    Args:
+        paths: A data folder or file, or several.
+        files: Which files of a folder to read, those of them that it has.
+
+    Raises:
+        ClocError: A path cannot be opened, or none holds a text.
+    """
+    found = False
+    for path in [paths] if isinstance(paths, str) else paths:
+        wanted = [name for name in files if Path(path, name).is_file()] or list(files[:1])
+        for name in wanted:
+            source = open_samples(path, name)
+            for index in range(len(source)):
+                for text in texts_of(source[index]):
+                    found = True
+                    yield text
+    if not found:
+        raise ClocError("holds no text to train a tokenizer on", file=str(paths))
+
+
+def texts_of(sample: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of one sample as read from its file, whatever its kind; malformed parts are left out."""
+    captions = sample.get("captions") or [sample.get("caption")]
+    regions = sample.get("regions")
+    named = [r.get("text") for r in regions if isinstance(r, Mapping)] if isinstance(regions, list) else []
+    yield from (text for text in [*captions, *named] if isinstance(text, str) and text)
+    if "messages" not in sample and "conversations" not in sample:
+        return
+    for message in messages_of(sample):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        items = [{"text": content}] if isinstance(content, str) else content or []
+        for item in items:
+            if isinstance(item, Mapping):
+                yield from (v for v in (item.get("text"), item.get("phrase")) if isinstance(v, str) and v)
+
+
+def _train(
+    texts: Iterable[str], options: TokenizerOptions, special: Sequence[str], *, add_prefix_space: bool
+) -> Tokenizer:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator((text.lower() if options.lowercase else text for text in texts), trainer)
+    return core
