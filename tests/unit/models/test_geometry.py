@@ -142,8 +142,8 @@ def test_a_drawn_box_lands_on_the_processed_pixels(
     (x1, x2), (y1, y2) = box
     pixels = processor(drawn(width, height, (x1, y1, x2, y2)))["pixel_values"][0]
     predicted = geometry.boxes_to_model([[x1, y1, x2, y2]])[0] * size
-    # A pixel is bright if its centre is covered: the edge is known to half a pixel of the frame. Bicubic overshoot moves
-    # the half level by a few hundredths of a pixel of the original on top.
+    # A pixel is bright if its centre is covered: the edge is known to half a pixel of the frame. On top of that, the
+    # overshoot of bicubic resampling moves the half level by a few hundredths of a pixel of the original.
     tolerance = 0.55 + 0.06 * max(geometry.scaled_width / width, geometry.scaled_height / height)
     assert (predicted - torch.tensor(bright_extent(pixels))).abs().max() <= tolerance
 

@@ -1,0 +1,1 @@
+"""Tests that start no process, in the order of the package."""
