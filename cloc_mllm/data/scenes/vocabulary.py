@@ -42,7 +42,7 @@ SHAPES = (
     "frame",
 )
 TEXTURES = ("solid", "striped", "dotted")
-SIZES: dict[str, tuple[int, int]] = {"small": (14, 18), "medium": (23, 28), "large": (36, 44)}
+SIZES: dict[str, tuple[int, int]] = {"small": (20, 23), "medium": (28, 32), "large": (38, 45)}
 """Longest side of an object's box in pixels (inclusive) when the picture is 96 pixels wide."""
 
 REFERENCE_SIDE = 96
@@ -127,8 +127,7 @@ PRESETS: dict[str, ScenePreset] = {
         colours=tuple(COLOURS),
         sizes=tuple(SIZES),
         textures=TEXTURES,
-        objects=(2, 6),
-        rotation=(-20, -10, 0, 10, 20),
+        objects=(2, 5),
     ),
 }
 
