@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.configuration_cloc import ClocPrompterConfig
+from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
 from cloc_mllm.training import launch
@@ -116,10 +118,22 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
             region_encoder=options.region_encoder,
             grounding=options.grounding,
             vision_feature_layer=options.vision_layer,
+            grounding_config=_grounding_config(options, encoder),
         )
     except ValueError as error:
         raise ClocError(f"encoder and LLM do not go together: {error}", file=options.encoder) from error
     return model, processor
+
+
+def _grounding_config(options: MllmModelOptions, encoder: ClocModel) -> ClocPrompterConfig | None:
+    """Return the grounding head's own Prompter configuration, so that towers without one get the same head."""
+    if options.grounding_head is None or options.grounding != "head":
+        return None
+    return ClocPrompterConfig(
+        **options.grounding_head.model_dump(),
+        hidden_size=encoder.config.vision_config.hidden_size,
+        projection_dim=encoder.config.projection_dim,
+    )
 
 
 def region_format(options: MllmModelOptions) -> str:

@@ -228,6 +228,9 @@ class MllmModelOptions(Block):
     region_encoder: Literal["none", "prompter", "roi_align"] = option("prompter", "how a <region> is read")
     region_format: Literal["token", "coords", "both"] = option("both", "how a user's region is written")
     grounding: Literal["text", "head"] = option("head", "boxes out: as text, or by <ground> and a head")
+    grounding_head: PrompterOptions | None = option(
+        None, "its Prompter; null: as the encoder's, or the paper's default"
+    )
     box_format: Literal["norm1000", "norm1", "pixel"] = option("norm1000", "coordinates in text")
     blind: bool = option(False, "control: the tower's patch weights are zeroed for good, so no image gets through")
 
