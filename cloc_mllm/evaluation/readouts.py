@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import CLIPVisionModel
 
@@ -108,10 +109,13 @@ class ClocEncoder:
             ClocError: The folder holds no encoder that can be loaded.
         """
         try:
-            model = ClocModel.from_pretrained(path)
+            model, info = ClocModel.from_pretrained(path, output_loading_info=True)
             processor = ClocProcessor.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ClocError(f"cannot load this encoder ({error})", file=path) from error
+        for problem in ("missing", "unexpected"):
+            if names := sorted(info[f"{problem}_keys"]):
+                raise ClocError(f"cannot load this encoder ({len(names)} weights {problem}: {names[0]}, …)", file=path)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, str(path))
 
     @property

@@ -1,0 +1,24 @@
+"""One small set of procedural scenes for all tests of the evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cloc_mllm.data.scenes.generator import generate_scenes
+from cloc_mllm.evaluation.region_data import SceneTruth
+
+
+@pytest.fixture(scope="session")
+def scenes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 validation and 40 test scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    generate_scenes(folder, "quick", n=1, n_val=24, n_test=40, seed=3, progress=False, overwrite=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_truth(scenes_folder: Path) -> SceneTruth:
+    """What the scenes' dataset.json says."""
+    return SceneTruth.load(scenes_folder)
