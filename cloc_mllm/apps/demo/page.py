@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from cloc_mllm.apps.demo.charts import Curve, interval_bar, line_chart
 from cloc_mllm.apps.demo.findings import majority_of, percent
 from cloc_mllm.apps.demo.progress import format_seconds
+from cloc_mllm.apps.demo.samples import read_jsonl
 from cloc_mllm.apps.drawing import MODEL_COLOURS, PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
 from cloc_mllm.models.image_processing_cloc import load_image
 
@@ -111,18 +111,11 @@ def loss_charts(runs: Mapping[str, Path]) -> list[str]:
         series: dict[str, list[tuple[float, float]]] = {}
         for record in read_jsonl(folder / "metrics.jsonl"):
             for key, value in record.items():
-                if (key == "loss" or key.endswith("_loss")) and isinstance(value, (int, float)) and "step" in record:
+                if (key == "loss" or key.startswith("loss_")) and isinstance(value, (int, float)) and "step" in record:
                     series.setdefault(key, []).append((float(record["step"]), float(value)))
         for key, points in series.items():
             charts.setdefault((stage, key), []).append(Curve(label, points))
     return [line_chart(f"{stage}: {key}", curves) for (stage, key), curves in charts.items()]
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file; none if the file is missing."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -96,13 +96,15 @@ _ENCODERS = {
         EncoderPlan("cloc", "captions, and region texts through the Prompter", ()),
     )
 }
+# Without a region token a box is written out as numbers.
+_COORDINATES = ("model.region_encoder=none", "model.region_format=coords")
 _MLLMS = {
     mllm.name: mllm
     for mllm in (
-        MllmPlan("blind", "sees no image", "clip", ("model.region_encoder=none", "model.blind=true")),
-        MllmPlan("clip", "CLIP's tower, boxes as coordinates", "clip", ("model.region_encoder=none",)),
+        MllmPlan("blind", "sees no image", "clip", (*_COORDINATES, "model.blind=true")),
+        MllmPlan("clip", "CLIP's tower, boxes as coordinates", "clip", _COORDINATES),
         MllmPlan("clip_roi", "CLIP's tower, a pooled region token", "clip", ("model.region_encoder=roi_align",)),
-        MllmPlan("cloc", "CLOC's tower, boxes as coordinates", "cloc", ("model.region_encoder=none",)),
+        MllmPlan("cloc", "CLOC's tower, boxes as coordinates", "cloc", _COORDINATES),
         MllmPlan("cloc_prompter", "CLOC's tower, Prompter region token", "cloc", ("model.region_encoder=prompter",)),
     )
 }

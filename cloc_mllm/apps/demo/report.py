@@ -11,7 +11,8 @@ from typing import Any
 
 from cloc_mllm.apps.demo.findings import findings, majority_of, percent
 from cloc_mllm.apps.demo.plan import DemoPlan
-from cloc_mllm.apps.demo.runner import SAMPLES, DemoFiles
+from cloc_mllm.apps.demo.runner import DATA, DemoFiles
+from cloc_mllm.apps.demo.samples import collect_samples
 from cloc_mllm.evaluation.report import FRAME, aggregate_metrics, plain, versions
 
 CONTRACT_ENCODER_METRICS = (
@@ -71,7 +72,7 @@ def build_report(
         "grounding_mode": _grounding_mode(plan, files),
         "unparsed": max((entry["unparsed"] for entry in mllms.values()), default=0.0),
         "stages": [_stage_entry(stamp) for stamp in stamps.values()],
-        "samples": json.loads((files.out / SAMPLES / "samples.json").read_text(encoding="utf-8")),
+        "samples": _samples(plan, files),
         "limits": list(plan.limits),
         "versions": versions(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {platform.system()}",
@@ -142,12 +143,17 @@ def _readouts(plan: DemoPlan, files: DemoFiles) -> list[dict[str, Any]]:
     return rows
 
 
+def _samples(plan: DemoPlan, files: DemoFiles) -> list[dict[str, Any]]:
+    """Return the first seed's answers to the first test questions."""
+    folders = {mllm.name: files.out / files.evaluation("mllm", mllm.name, plan.seeds[0]) for mllm in plan.mllms}
+    return collect_samples(files.out / DATA / "test", folders)
+
+
 def _grounding_mode(plan: DemoPlan, files: DemoFiles) -> str:
     if not plan.mllms:
         return "none"
-    name = files.mllm(plan.mllms[0].name, plan.seeds[0], "instruct")
-    config = json.loads((files.export(name) / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("grounding", "text"))
+    details = _read(files, "mllm", plan.mllms[0].name, plan.seeds[0])["details"]
+    return str(details["grounding_mode"])
 
 
 def _stage_entry(stamp: Mapping[str, Any]) -> dict[str, Any]:

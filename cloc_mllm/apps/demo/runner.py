@@ -25,7 +25,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.training.config import load_config, plan_batch
 from cloc_mllm.training.launch import programs_folder
 
-DATA, SAMPLES = "data", "samples"
+DATA = "data"
 _PROGRAMS = {"pretrain": "pretrain_cloc.py", "align": "align.py", "instruct": "instruct.py"}
 
 
@@ -131,7 +131,7 @@ def build_stages(plan: DemoPlan, files: DemoFiles) -> list[Stage]:
             stages += [_align_stage(plan, files, mllm, seed), _instruct_stage(plan, files, mllm, seed)]
         stages += [_evaluation_stage(plan, files, "encoders", encoder.name, seed) for encoder in plan.encoders]
         stages += [_evaluation_stage(plan, files, "mllm", mllm.name, seed) for mllm in plan.mllms]
-    return [*stages, _samples_stage(plan, files)]
+    return stages
 
 
 def training_runs(plan: DemoPlan, files: DemoFiles, seed: int) -> list[str]:
@@ -258,16 +258,6 @@ def _evaluation_stage(plan: DemoPlan, files: DemoFiles, kind: str, name: str, se
     )
     facts = {"world_size": 1, "zero_stage": None, "seed": seed, "images": plan.scenes.test}
     return Stage(stage, "score on the test split", command, (trained,), facts=facts)
-
-
-def _samples_stage(plan: DemoPlan, files: DemoFiles) -> Stage:
-    """Let the first seed's MLLMs answer the first test questions, for the report's transcripts and pictures."""
-    trained = {mllm.name: files.mllm(mllm.name, plan.seeds[0], "instruct") for mllm in plan.mllms}
-    models = [f"{name}={files.export(stage)}" for name, stage in trained.items()]
-    module = (sys.executable, "-m", "cloc_mllm.apps.demo.samples")
-    command = (*module, "--split", str(files.out / DATA / "test"), "--out", str(files.out / SAMPLES), *models)
-    facts = {"world_size": 1, "zero_stage": None, "seed": plan.seeds[0], "images": None}
-    return Stage(SAMPLES, "chat about the first test images", command, tuple(trained.values()), facts=facts)
 
 
 def launcher(processes: int) -> tuple[str, ...]:

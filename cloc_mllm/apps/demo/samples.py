@@ -1,11 +1,11 @@
-"""Lets MLLMs answer the first questions of a split, so that a reader sees answers and boxes and not only averages.
+"""Picks the questions whose answers the report shows one by one: a reader sees answers and boxes, not only averages.
 
-The questions are the first of the file: choosing them by result would show whatever one likes to show.
+They are the first of the test split, not chosen by result: that would show whatever one likes to show. The answers are
+those the evaluation recorded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,44 @@ from cloc_mllm.evaluation.metrics import box_ious
 
 CHAT_IMAGES = 4
 GROUNDING_QUESTIONS = 8
-MAX_NEW_TOKENS = 48
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file; none if the file is missing."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def collect_samples(split: Path, evaluations: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Return the samples of the report.
+
+    Args:
+        split: The split's folder, with `questions.jsonl`.
+        evaluations: By model the folder of its evaluation, with `answers.jsonl`.
+
+    Returns:
+        For each shown question its text, truth and boxes, and by model the answer's text, boxes and IoU with the true
+        box. All boxes are pixels; `image` is relative to `split`.
+    """
+    answers = {
+        name: {row["id"]: row for row in read_jsonl(path / "answers.jsonl")} for name, path in evaluations.items()
+    }
+    questions = read_jsonl(split / "questions.jsonl")
+    asked = [question for question in questions if all(question["id"] in rows for rows in answers.values())]
+    return [
+        {
+            "id": question["id"],
+            "image": question["image"],
+            "task": question["task"],
+            "question": question_text(question),
+            "truth": question["answer"],
+            "box": question.get("box"),
+            "boxes_in": question.get("boxes_in", []),
+            "answers": {name: _answer(rows[question["id"]], question.get("box")) for name, rows in answers.items()},
+        }
+        for question in choose_questions(asked)
+    ]
 
 
 def choose_questions(questions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -31,85 +68,14 @@ def choose_questions(questions: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 def question_text(question: Mapping[str, Any]) -> str:
     """Return a question's text, with `<region>` where a box stands."""
+    shown = {"image": "", "region": "<region>"}
     content = question["messages"][-1]["content"]
-    spoken = {"text": lambda item: item["text"], "region": lambda item: "<region>"}
-    return "".join(spoken[item["type"]](item) for item in content if item["type"] in spoken).strip()
+    return "".join(shown.get(item["type"], item.get("text", "")) for item in content).strip()
 
 
-def conversation_of(question: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return a question's messages with image paths that lead somewhere from here."""
-    return [
-        {
-            **message,
-            "content": [
-                {**item, "image": str(folder / item["image"])} if item["type"] == "image" else item
-                for item in message["content"]
-            ],
-        }
-        for message in question["messages"]
-    ]
-
-
-def answer_samples(
-    questions: Sequence[Mapping[str, Any]], folder: Path, predictors: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the samples of the report.
-
-    Args:
-        questions: What to ask.
-        folder: The split's folder, which image paths are relative to.
-        predictors: By name, objects with the Predictor's `chat`.
-
-    Returns:
-        For each question its text, truth and boxes, and by model the answer's text, boxes and IoU with the true box.
-    """
-    conversations = [conversation_of(question, folder) for question in questions]
-    answers = {
-        name: predictor.chat(conversations, max_new_tokens=MAX_NEW_TOKENS) for name, predictor in predictors.items()
-    }
-    samples = []
-    for number, question in enumerate(questions):
-        samples.append(
-            {
-                "id": question["id"],
-                "image": question["image"],
-                "task": question["task"],
-                "question": question_text(question),
-                "truth": question["answer"],
-                "box": question.get("box"),
-                "boxes_in": question.get("boxes_in", []),
-                "answers": {name: _answer(answered[number], question.get("box")) for name, answered in answers.items()},
-            }
-        )
-    return samples
-
-
-def _answer(answer: Any, true_box: Sequence[float] | None) -> dict[str, Any]:
-    boxes = [{"phrase": item.get("phrase"), "box": [round(v, 2) for v in item["box"]]} for item in answer.boxes]
-    found: dict[str, Any] = {"text": answer.text, "boxes": boxes, "unparsed": list(answer.unparsed)}
+def _answer(row: Mapping[str, Any], true_box: Sequence[float] | None) -> dict[str, Any]:
+    boxes = [{"box": [round(value, 2) for value in box]} for box in row.get("boxes", [])]
+    found: dict[str, Any] = {"text": row["answer"], "boxes": boxes, "right": row["right"]}
     if true_box is not None:
         found["iou"] = round(float(box_ious([boxes[0]["box"] if boxes else None], [true_box])[0]), 4)
     return found
-
-
-def main() -> None:
-    """Write `samples.json` into a folder: `python -m cloc_mllm.apps.demo.samples --split S --out DIR NAME=PATH …`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", type=Path, required=True, help="folder with questions.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="folder for samples.json")
-    parser.add_argument("models", nargs="+", metavar="NAME=PATH", help="MLLMs to ask")
-    args = parser.parse_args()
-
-    from cloc_mllm.inference.predictor import Predictor
-
-    lines = (args.split / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = choose_questions([json.loads(line) for line in lines])
-    named = dict(model.split("=", 1) for model in args.models)
-    predictors = {name: Predictor.from_pretrained(path) for name, path in named.items()}
-    samples = answer_samples(questions, args.split, predictors)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from cloc_mllm.apps.demo.page import write_page
 from cloc_mllm.apps.demo.picture import write_picture
 from cloc_mllm.apps.demo.plan import PRESETS, make_plan
 from cloc_mllm.apps.demo.report import build_report, targets, write_report
-from cloc_mllm.apps.demo.runner import DATA, SAMPLES, DemoFiles, build_stages, open_demo_folder
+from cloc_mllm.apps.demo.runner import DATA, DemoFiles, build_stages, open_demo_folder
 from cloc_mllm.apps.drawing import MODEL_COLOURS, TRUE_COLOUR
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.launch import programs_folder
@@ -57,7 +57,7 @@ def _write_evaluations(files: DemoFiles, preset: str, seeds: tuple[int, ...]) ->
             for name in names:
                 folder = files.out / files.evaluation(kind, name, seed)
                 folder.mkdir(parents=True)
-                details: dict[str, Any] = {"baselines": BASELINES}
+                details: dict[str, Any] = {"baselines": BASELINES, "grounding_mode": "head"}
                 if kind == "encoders":
                     details["readouts"] = {"crop": _metrics(values[name]), "roi": _metrics(values[name])}
                     details["localizers"] = {"grid": _metrics({"acc50": 0.1})}
@@ -69,24 +69,50 @@ def _write_evaluations(files: DemoFiles, preset: str, seeds: tuple[int, ...]) ->
                     "details": details,
                 }
                 (folder / "report.json").write_text(json.dumps(report))
-        for mllm in plan.mllms:
-            export = files.export(files.mllm(mllm.name, seed, "instruct"))
-            export.mkdir(parents=True)
-            (export / "config.json").write_text(json.dumps({"grounding": "head"}))
 
 
-def _sample(number: int, task: str, **more: Any) -> dict[str, Any]:
+def _question(number: int, task: str, content: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    image = {"type": "image", "image": f"images/{number}.png"}
+    messages = [{"role": "user", "content": [image, *content]}]
     return {
         "id": f"q{number}",
-        "image": f"images/{number}.png",
+        "image": image["image"],
         "task": task,
-        "question": "Where is <region> & co?",
-        "truth": "red circle",
-        "box": None,
-        "boxes_in": [],
-        "answers": {"clip": {"text": "blue", "boxes": [], "unparsed": [], "iou": 0.0}},
+        "messages": messages,
+        "answer": "red circle",
         **more,
     }
+
+
+QUESTIONS = [
+    _question(
+        0,
+        "referring",
+        [
+            {"type": "text", "text": "What is "},
+            {"type": "region", "box": [5, 5, 30, 30]},
+            {"type": "text", "text": "?"},
+        ],
+        boxes_in=[[5, 5, 30, 30]],
+    ),
+    _question(1, "grounding", [{"type": "text", "text": "Where is <b> & co?"}], box=[12, 12, 44, 44]),
+]
+ANSWERS = [
+    {"id": "q0", "task": "referring", "truth": "red circle", "answer": "blue", "right": False},
+    {
+        "id": "q1",
+        "task": "grounding",
+        "truth": "red circle",
+        "answer": "it [9, 9]",
+        "right": True,
+        "box": [12, 12, 44, 44],
+        "boxes": [[10, 10, 40, 40]],
+    },
+]
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(params=["quick", "reproduce"])
@@ -99,13 +125,9 @@ def demo(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, Any]
     (files.out / DATA / "test" / "images").mkdir(parents=True)
     for number in (0, 1):
         Image.new("RGB", (96, 96), "#808080").save(files.out / DATA / "test" / "images" / f"{number}.png")
-    (files.out / SAMPLES).mkdir()
-    found = {"text": "it [9, 9]", "boxes": [{"phrase": "it", "box": [10, 10, 40, 40]}], "unparsed": [], "iou": 0.8}
-    samples = [
-        _sample(0, "referring", boxes_in=[[5, 5, 30, 30]]),
-        _sample(1, "grounding", box=[12, 12, 44, 44], answers={"clip": found}),
-    ]
-    (files.out / SAMPLES / "samples.json").write_text(json.dumps(samples))
+    _write_jsonl(files.out / DATA / "test" / "questions.jsonl", QUESTIONS)
+    for mllm in plan.mllms:
+        _write_jsonl(files.out / files.evaluation("mllm", mllm.name, plan.seeds[0]) / "answers.jsonl", ANSWERS)
     stamp = {
         "name": "encoders/clip",
         "title": "pre-train",
@@ -178,7 +200,7 @@ def test_page_stands_alone_and_is_well_formed(demo: tuple[dict[str, Any], DemoFi
     assert page.loads
     assert all(source.startswith("data:image/png;base64,") for source in page.loads)
     assert not re.search(r"https?://|<script|@import", text)
-    assert "Where is &lt;region&gt; &amp; co?" in text, "what models and data say is escaped"
+    assert "Where is &lt;b&gt; &amp; co?" in text, "what models and data say is escaped"
     for heading in (
         "What the numbers say",
         "Encoders",
@@ -197,6 +219,15 @@ def test_picture_shows_every_sample(demo: tuple[dict[str, Any], DemoFiles]) -> N
     colours = {colour for _, colour in picture.getcolors(1 << 24) or []}
     for wanted in (TRUE_COLOUR, MODEL_COLOURS["clip"], MODEL_COLOURS["cloc"]):
         assert tuple(int(wanted[start : start + 2], 16) for start in (1, 3, 5)) in colours
+
+
+def test_samples_are_what_was_asked_and_answered(demo: tuple[dict[str, Any], DemoFiles]) -> None:
+    report, _ = demo
+    referring, grounding = report["samples"]
+    assert referring["question"] == "What is <region>?"
+    assert referring["boxes_in"] == [[5, 5, 30, 30]]
+    assert grounding["answers"]["clip"]["iou"] == pytest.approx(784 / (900 + 1024 - 784), abs=1e-4)
+    assert grounding["answers"]["clip"]["boxes"] == [{"box": [10, 10, 40, 40]}]
 
 
 def test_findings_follow_from_the_numbers(demo: tuple[dict[str, Any], DemoFiles]) -> None:
