@@ -58,15 +58,15 @@ def main() -> None:
         )
 
     # 5. The trainer, and beside it the encoder's text side, whose embeddings teach the grounding head.
-    arguments = training_arguments(config, plan, world, zero, stream.steps)
+    phrases = phrase_embedder(config, model.config.grounding, world.device)
     trainer = TuneTrainer(
         config,
         world,
         zero,
         stream,
-        phrases=phrase_embedder(config, model.config.grounding, arguments.device),
+        phrases=phrases,
         model=trained,
-        args=arguments,
+        args=training_arguments(config, plan, world, zero, stream.steps),
         data_collator=mllm.conversation_collator(processor, config.data.max_length),
         eval_dataset=mllm.validation_conversations(config),
         processor=processor,

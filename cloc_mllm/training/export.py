@@ -7,7 +7,8 @@ they are wrapped. Instead the true (master) weights are gathered, put into a fre
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def save_weights(
         folder: Where to.
         source: The trained model, for its generation settings.
     """
-    with torch.device("meta"):
+    with _without_zero_init(), torch.device("meta"):
         skeleton: Any = build_skeleton()
     skeleton.load_state_dict(weights, strict=True, assign=True)
     if hasattr(skeleton, "merge_and_unload"):
@@ -112,6 +113,24 @@ def save_weights(
         skeleton.generation_config = generation
     skeleton.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
+
+
+@contextmanager
+def _without_zero_init() -> Iterator[None]:
+    """Build models whole: while a stage-3 configuration is known, transformers partitions every model it builds.
+
+    That would need all processes, and the skeleton is built by one.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        config = None if reference is None else reference()
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
 
 
 def _full_parameter(parameter: nn.Parameter, stage: int | None) -> torch.Tensor:

@@ -14,6 +14,7 @@ import random
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,14 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def device(self) -> Any:
+        """The `torch.device` of this process."""
+        import torch
+
+        # A bare number is a device of the current accelerator.
+        return torch.device("cpu" if self.use_cpu else self.local_rank)
 
 
 def programs_folder() -> Path:
@@ -134,6 +143,8 @@ def start(zero: dict[str, Any] | None, precision: str = "fp32", timeout: float =
         )
     import torch
 
+    # DeepSpeed's calls, which are not ours to change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     use_cpu = not torch.accelerator.is_available()
     size = world_size_of_environment()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)

@@ -84,6 +84,10 @@ def phrase_embedder(config: TuneConfig, grounding: str, device: torch.device | s
         grounding: The model's own, which may come from a checkpoint.
         device: Where to compute.
 
+    Returns:
+        The embedder. It has to be built before `TrainingArguments`: after a stage-3 configuration every model that is
+        loaded comes out partitioned.
+
     Raises:
         ClocError: It needs one, and `model.encoder` names no encoder.
     """
