@@ -6,12 +6,12 @@ worker; so a run that resumes mid-epoch sees exactly what the uninterrupted run 
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
@@ -23,7 +23,6 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.models.image_processing_cloc import load_image
 
 BadSample = Literal["error", "skip"]
-ExtraCaptions = Literal["none", "sample", "append"]
 DataPath = str | Path | Sequence[str | Path] | Sequence[Sample] | SampleSource
 
 _SLOTS = 256
@@ -108,8 +107,9 @@ class _SampleDataset(Dataset[dict[str, Any]], ABC):
                 self._skipped[0 if worker is None else 1 + worker.id % (_SLOTS - 1)] += 1
         raise ClocError("every sample is broken", file=source_file(self.source), remedy="Run `cloc-mllm data check`.")
 
-    def _rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, int(self._epoch[0]), index])
+    def _rng(self, index: int) -> random.Random:
+        # Seeding by text takes microseconds, a numpy generator most of a millisecond: as long as decoding the picture.
+        return random.Random(f"{self.seed}-{int(self._epoch[0])}-{index}")
 
     @abstractmethod
     def _load(self, index: int) -> dict[str, Any]:
@@ -131,9 +131,6 @@ class RegionTextDataset(_SampleDataset):
         seed: Seed of what is drawn.
         on_bad_sample: "error" stops at a broken sample; "skip" replaces it by the next whole one and counts it
             (`skipped`).
-        extra_captions: Whether captions also carry the region texts, for a control that sees the same labels without
-            boxes: "none"; "sample" (half of the time the text of a random region stands in for the caption); "append"
-            (the texts of the drawn regions follow the caption).
 
     Items are dicts: `image` (RGB PIL), `width`, `height`, `caption`, `regions` (each `box` in pixels, `text`, `unique`,
     and what else the file gives), `id`, `index`.
@@ -149,13 +146,9 @@ class RegionTextDataset(_SampleDataset):
         seed: int = 0,
         *,
         on_bad_sample: BadSample = "error",
-        extra_captions: ExtraCaptions = "none",
     ) -> None:
         super().__init__(open_samples(data, "regions.jsonl"), seed, on_bad_sample)
-        if extra_captions not in ("none", "sample", "append"):
-            raise ClocError(f"extra_captions is '{extra_captions}'", remedy="Write none, sample or append.")
         self.max_regions = max_regions
-        self.extra_captions = extra_captions
 
     def _load(self, index: int) -> dict[str, Any]:
         raw = self.source[index]
@@ -167,27 +160,16 @@ class RegionTextDataset(_SampleDataset):
         unique = unique_regions(raw["regions"])
         regions = [{**region, "unique": alone} for region, alone in zip(raw["regions"], unique, strict=True)]
         if self.max_regions is not None and len(regions) > self.max_regions:
-            drawn = np.sort(rng.permutation(len(regions))[: self.max_regions])
-            regions = [regions[int(k)] for k in drawn]
+            regions = [regions[k] for k in sorted(rng.sample(range(len(regions)), self.max_regions))]
         return {
             "image": image,
             "width": image.width,
             "height": image.height,
-            "caption": self._caption(raw, regions, rng),
+            "caption": str(rng.choice(raw.get("captions") or [raw["caption"]])),
             "regions": regions,
             "id": str(raw.get("id", place)),
             "index": index,
         }
-
-    def _caption(self, raw: Sample, regions: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> str:
-        captions = raw.get("captions") or [raw["caption"]]
-        caption = str(captions[int(rng.integers(len(captions)))])
-        texts = [str(region["text"]) for region in regions]
-        if not texts or self.extra_captions == "none":
-            return caption
-        if self.extra_captions == "append":
-            return ". ".join([caption.rstrip(". "), *texts])
-        return caption if rng.random() < 0.5 else texts[int(rng.integers(len(texts)))]
 
 
 class ConversationDataset(_SampleDataset):

@@ -36,6 +36,8 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         ValueError: If the file is missing, is not an image, or is cut off.
     """
+    if isinstance(source, Image.Image) and source.mode == "RGB" and "exif" not in source.info:
+        return source  # a picture that came through here before
     name = "the image" if isinstance(source, (bytes, Image.Image, np.ndarray)) else f"image {str(source)!r}"
     try:
         if isinstance(source, np.ndarray):

@@ -87,20 +87,6 @@ def test_several_captions_are_all_used(tmp_path: Path) -> None:
     assert captions == {"one", "two", "three"}
 
 
-def test_extra_captions(tmp_path: Path) -> None:
-    path = write(tmp_path, [sample("a", caption="A scene."), sample("b", regions=[])])
-    assert RegionTextDataset(path, extra_captions="append")[0]["caption"] == "A scene. a"
-    assert RegionTextDataset(path, extra_captions="append")[1]["caption"] == "caption b"
-    dataset = RegionTextDataset(path, extra_captions="sample")
-    captions = []
-    for epoch in range(40):
-        dataset.set_epoch(epoch)
-        captions.append(dataset[0]["caption"])
-        assert dataset[1]["caption"] == "caption b"
-    assert set(captions) == {"A scene.", "a"}
-    assert 8 < captions.count("a") < 32
-
-
 BROKEN = {
     "missing image": (sample("x", image="none.png"), "does not exist"),
     "truncated image": (sample("x", image="cut.jpg"), "cannot be read"),
@@ -145,8 +131,6 @@ def test_bad_options(tmp_path: Path) -> None:
     path = write(tmp_path, [sample("a")])
     with pytest.raises(ClocError, match="on_bad_sample"):
         RegionTextDataset(path, on_bad_sample="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ClocError, match="extra_captions"):
-        RegionTextDataset(path, extra_captions="all")  # type: ignore[arg-type]
     path.write_text("\n")
     with pytest.raises(ClocError, match="no samples"):
         RegionTextDataset(path)
