@@ -97,7 +97,7 @@ class Geometry:
         limit = torch.tensor([self.width, self.height], dtype=torch.float64)
         return torch.minimum(pixels.clamp(min=0), limit)
 
-    def boxes_to_model(self, boxes: Sequence[Sequence[float]] | torch.Tensor) -> torch.Tensor:
+    def boxes_to_model(self, boxes: Sequence[float] | Sequence[Sequence[float]] | torch.Tensor) -> torch.Tensor:
         """Map ``(..., 4)`` xyxy boxes in original pixels to ``(..., 4)`` float32 boxes, normalised, model frame."""
         corners = torch.as_tensor(boxes, dtype=torch.float64)
         return self.points_to_model(corners.unflatten(-1, (2, 2))).flatten(-2)
