@@ -97,6 +97,19 @@ class SceneSource:
             else [self._question_record(name, image, turn) for turn in questions.evaluation_turns(asker, rng, index)],
         }
 
+    def summary(self, counts: dict[str, int]) -> dict[str, Any]:
+        """What `dataset.json` says about a data set with so many scenes in each split."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "seed": self.seed,
+            "side": self.side,
+            "image_format": self.image_format,
+            "counts": counts,
+            "vocabulary": self.preset.vocabulary(),
+            "heldout_pairs": sorted([shape, colour] for shape, colour in self.heldout),
+            "preset": self.preset.to_dict(),
+        }
+
     def _question_record(self, name: str, image: str, turn: questions.Turn) -> dict[str, Any]:
         record: dict[str, Any] = {
             "id": f"{name}-{turn.kind}",
@@ -235,16 +248,7 @@ def generate_scenes(
     )
     _check_request(out, counts, side, image_format, overwrite)
     source = SceneSource(chosen, seed, side, image_format, heldout_pairs(chosen, seed))
-    summary = {
-        "format_version": FORMAT_VERSION,
-        "seed": seed,
-        "side": side,
-        "image_format": image_format,
-        "counts": counts,
-        "vocabulary": chosen.vocabulary(),
-        "heldout_pairs": sorted([shape, colour] for shape, colour in source.heldout),
-        "preset": chosen.to_dict(),
-    }
+    summary = source.summary(counts)
     try:
         (out / "dataset.json").unlink(missing_ok=True)
         with tqdm(total=sum(counts.values()), unit="img", desc="scenes", disable=None if progress else True) as bar:
