@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
@@ -80,9 +81,13 @@ class Predictor:
         try:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path, trust_remote_code=trust_remote_code, dtype="auto", output_loading_info=True
+                path,
+                trust_remote_code=trust_remote_code,
+                dtype="auto",
+                output_loading_info=True,
+                use_safetensors=True,  # never a pickle
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ClocError(f"the checkpoint cannot be loaded: {error}", file=path) from error
         lost = sorted(info["missing_keys"])
         if lost:

@@ -286,7 +286,13 @@ class ClocMllmModel(LlavaModel):
                 result.text_prompted_boxes = result.text_prompted_boxes.index_put(where, text_boxes)
         elif image is not None and self._runs_every_part():
             nothing = torch.zeros(1, dtype=torch.long, device=device)
-            embeds, boxes, _ = self.grounding_head(hidden[:1, -1], image.last_hidden_state, nothing)
+            asked = None if queries is None else result.ground_embeds.new_zeros(1, result.ground_embeds.shape[1])
+            embeds, boxes, text_boxes = self.grounding_head(hidden[:1, -1], image.last_hidden_state, nothing, asked)
+            if not len(index):
+                # No rows, but on the graph: ZeRO-3 counts which outputs the backward pass reaches, and every rank has
+                # to come to the same number whether it has a `<ground>` or not.
+                result.pred_boxes, result.ground_embeds = boxes[:0], embeds[:0]
+                result.text_prompted_boxes = None if text_boxes is None else text_boxes[:0]
         else:
             return
         # Tied to the hidden states with weight zero, real or not: so the head takes part in the backward pass on every

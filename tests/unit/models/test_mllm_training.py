@@ -93,6 +93,10 @@ def test_every_batch_runs_every_part_once_in_one_order(mllm: tuple[Any, Any], qu
         orders[name] = list(calls)
         assert output.pred_boxes.shape == (len(batch["ground_image_index"]), 4)
         assert (output.text_prompted_boxes is not None) == queried
+        # Empty or not, what the trainer may use is on the graph: ZeRO-3 compares over the ranks what backward reaches.
+        assert output.pred_boxes.requires_grad
+        assert output.ground_embeds.requires_grad
+        assert output.text_prompted_boxes is None or output.text_prompted_boxes.requires_grad
     model.zero_grad()
     model.eval()
     forwards = [call for call in orders["all"] if "|" not in call]
