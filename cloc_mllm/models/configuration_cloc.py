@@ -1,5 +1,7 @@
 """Configurations of the CLOC encoder: tower and text encoder are stock, the Prompter is ours."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -81,12 +83,12 @@ class ClocVisionConfig(PreTrainedConfig):
         "prompter_config": SubConfigSpec(config_class=ClocPrompterConfig, optional=True),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    prompter_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a configuration, a dictionary of one, or None
+    prompter_config: Any = None  # a configuration, a dictionary of one, or None
     projection_dim: int = 512
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         """Build the sub-configurations from dictionaries or defaults."""
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig(patch_size=16)
@@ -120,15 +122,15 @@ class ClocConfig(PreTrainedConfig):
         "prompter_config": SubConfigSpec(config_class=ClocPrompterConfig, optional=True),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    prompter_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a configuration, a dictionary of one, or None
+    text_config: Any = None  # a configuration, a dictionary of one, or None
+    prompter_config: Any = None  # a configuration, a dictionary of one, or None
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
     logit_scale_max: float = 4.6052
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         """Build the sub-configurations from dictionaries or defaults."""
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig(patch_size=16)

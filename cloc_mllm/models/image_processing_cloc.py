@@ -101,7 +101,9 @@ class ClocImageProcessor(BaseImageProcessor):
             return np.asarray(image)
         frame = np.empty((self.size, self.size, 3), dtype=np.uint8)
         frame[:] = np.round(np.asarray(self.image_mean) * 255).astype(np.uint8)
-        frame[place.top : place.top + place.scaled_height, place.left : place.left + place.scaled_width] = image
+        frame[place.top : place.top + place.scaled_height, place.left : place.left + place.scaled_width] = np.asarray(
+            image
+        )
         return frame
 
     def preprocess(

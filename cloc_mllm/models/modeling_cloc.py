@@ -51,7 +51,7 @@ class ClocPreTrainedModel(PreTrainedModel):
     config_class = ClocConfig
     base_model_prefix = "cloc"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -218,8 +218,9 @@ class ClocModel(ClocPreTrainedModel):
         given = [name for name, value in {**kinds, "input_ids": input_ids}.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one kind of prompt, not {len(given)}: {', '.join(given) or 'none'}")
-        if image_tokens is None:
+        if pixel_values is not None:
             image_tokens = self.get_image_features(pixel_values).last_hidden_state
+        assert image_tokens is not None
         if input_ids is not None:
             text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
         prompts = next(value for value in (input_boxes, input_points, text_embeds) if value is not None)
@@ -386,7 +387,7 @@ class ClocVisionModel(ClocPreTrainedModel):
     """The image side of CLOC alone: tower, projection and, if there is one, the Prompter."""
 
     config_class = ClocVisionConfig
-    input_modalities = ("image",)
+    input_modalities: tuple[str, ...] = ("image",)
 
     def __init__(self, config: ClocVisionConfig) -> None:
         super().__init__(config)

@@ -99,7 +99,8 @@ class ClocProcessor(ProcessorMixin):
     def _pictures(images: ImageSource | Sequence[ImageSource] | None) -> list[Any]:
         if images is None:
             return []
-        return [load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+        several: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+        return [load_image(image) for image in several]
 
     def _place(
         self, pictures: list[Any], prompts: Sequence[Sequence[Sequence[float]]], width: int
@@ -112,7 +113,7 @@ class ClocProcessor(ProcessorMixin):
             if not len(of_image):
                 continue
             for prompt in of_image:
-                check_prompt(prompt, *picture.size, width)
+                check_prompt(prompt, picture.width, picture.height, width)
             place = self.image_processor.geometry(*picture.size)
             to_model = place.boxes_to_model if width == 4 else place.points_to_model
             placed.append(to_model(of_image))
