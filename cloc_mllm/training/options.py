@@ -213,6 +213,9 @@ class ScratchLlmOptions(Block):
     intermediate_size: Positive = option(384, "width of the MLP")
     max_position_embeddings: Positive = option(1024, "longest sequence in tokens")
     tie_word_embeddings: bool = option(True, "share input and output embeddings")
+    initializer_range: Annotated[float, Field(gt=0)] = option(
+        0.06, "deviation of new weights; Llama's 0.02 is made for widths in the thousands"
+    )
 
 
 class MllmModelOptions(Block):
