@@ -43,6 +43,7 @@ def export_model(
     """
     folder = Path(trainer.args.output_dir) / EXPORT_FOLDER
     weights = gather_weights(trainer.model, launch.zero_stage(trainer.zero), trainer.world.is_main)
+    weights |= {name: value for name, value in trainer.exact_weights.items() if name in weights}
     if trainer.world.is_main:
         temporary = folder.with_name(f".{EXPORT_FOLDER}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,6 +106,7 @@ def save_weights(
     with _without_zero_init(), torch.device("meta"):
         skeleton: Any = build_skeleton()
     skeleton.load_state_dict(weights, strict=True, assign=True)
+    _tie_again(skeleton, weights)
     if hasattr(skeleton, "merge_and_unload"):
         skeleton = skeleton.merge_and_unload()
     skeleton.tie_weights()
@@ -113,6 +115,16 @@ def save_weights(
         skeleton.generation_config = generation
     skeleton.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
+
+
+def _tie_again(skeleton: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Make parameters that were one tensor one parameter again: assigning made them several."""
+    first: dict[int, nn.Parameter] = {}
+    for name, parameter in list(skeleton.named_parameters(remove_duplicate=False)):
+        shared = first.setdefault(id(weights[name]), parameter)
+        if shared is not parameter:
+            owner, _, leaf = name.rpartition(".")
+            setattr(skeleton.get_submodule(owner), leaf, shared)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ trained, or left out, by accident.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,15 +205,24 @@ def _add_lora(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module
         trainable_token_indices=_new_tokens(model),
     )
     # DeepSpeed casts the whole model itself; adapters that peft keeps in fp32 would break ZeRO-3's one dtype.
-    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
+    except ValueError as error:
+        raise ClocError(f"'parts.llm: lora' does not fit this language model: {error}") from error
 
 
 def _new_tokens(model: nn.Module) -> dict[str, list[int]] | None:
-    """Return the rows of the embedding that alignment added: a frozen LLM could never learn to say `<ground>`."""
+    """Return the rows of the embeddings that alignment added: a frozen LLM could never learn to say `<ground>`."""
     config: Any = model.config
     ids = [getattr(config, key, None) for key in ("image_token_index", "region_token_index", "ground_token_index")]
-    known: Sequence[int] = sorted({int(i) for i in ids if i is not None})
-    return {"embed_tokens": list(known)} if known else None
+    known = sorted({int(i) for i in ids if i is not None})
+    if not known:
+        return None
+    inputs: Any = model.get_input_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is inputs).rsplit(".")[-1]
+    # Tied output embeddings follow the input ones by themselves.
+    tied = inputs.weight is model.get_output_embeddings().weight  # type: ignore[operator]
+    return {name: known} if tied else {name: known, "lm_head": known}
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -115,6 +115,11 @@ class ClocTrainer(Trainer):
     ) -> None:
         self.config, self.world, self.zero, self.stream = config, world, zero, stream
         self.processor = processor
+        # DeepSpeed rounds the whole model to bf16 and keeps fp32 copies of what it trains only.
+        rounds = zero is not None and config.run.precision == "bf16" and world.is_main
+        frozen = kwargs["model"].named_parameters(remove_duplicate=False) if rounds else ()
+        self.exact_weights = {name: p.detach().clone() for name, p in frozen if not p.requires_grad}
+        """In a bf16 run under DeepSpeed, on the main process: frozen weights as they were, for the export."""
         super().__init__(train_dataset=stream, **kwargs)
         self._pop_printer()
         self.add_callback(

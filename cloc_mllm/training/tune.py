@@ -42,9 +42,8 @@ class TuneTrainer(ClocTrainer):
         fed = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_MODEL}
         asked = None
         if self.phrases is not None:
-            asked = self.phrases(inputs["ground_phrases"])
-            if len(asked):
-                fed["ground_queries"] = asked
+            # Also where there are none: every process has to take the same way through the head.
+            asked = fed["ground_queries"] = self.phrases(inputs["ground_phrases"])
         if num_items is not None:
             fed["num_items_in_batch"] = num_items
         output: Any = model(**fed)
@@ -67,9 +66,7 @@ class TuneTrainer(ClocTrainer):
         total, scalars = weights.box_weight * box, {"loss_box": box}
         if asked is None:
             return total, scalars
-        # A process without a <ground> still takes part in the collectives.
-        prompted = output.pred_boxes if output.text_prompted_boxes is None else output.text_prompted_boxes
-        text_box = grounding_loss(prompted, boxes, kind="l1_giou")
+        text_box = grounding_loss(output.text_prompted_boxes, boxes, kind="l1_giou")
         distance = gather_with_grad(1 - (output.ground_embeds.float() * asked.float()).sum(dim=1))
         distill = distance.sum() / max(len(distance), 1)
         total = total + weights.text_box_weight * text_box + weights.distill_weight * distill
