@@ -12,6 +12,7 @@ PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 TRUE_COLOUR = "#009E73"
 PREDICTED_COLOUR = "#D55E00"
 PROMPT_COLOUR = "#0072B2"
+RIM_COLOUR, RIM = "#101418", 1
 MODEL_COLOURS = {
     "clip": PALETTE[1],
     "cloc": PALETTE[0],
@@ -61,10 +62,12 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[DrawnBox], smallest_side: i
     font = ImageFont.load_default(size=max(12, round(max(canvas.size) / 34)))
     for item in boxes:
         corners = _canvas_corners(item.box, factor, canvas.size)
-        if item.dashed:
-            _dashed_rectangle(draw, corners, item.colour, line)
-        else:
-            draw.rectangle(corners, outline=item.colour, width=line)
+        # A dark rim keeps an outline visible on an object of its own colour.
+        for colour, width in ((RIM_COLOUR, line + 2 * RIM), (item.colour, line)):
+            if item.dashed:
+                _dashed_rectangle(draw, corners, colour, width, dash=4 * line)
+            else:
+                draw.line(_outline(corners), fill=colour, width=width, joint="curve")
         if item.label:
             _label(draw, item.label, corners, item.colour, font, canvas.size)
     return canvas
@@ -78,11 +81,15 @@ def _canvas_corners(box: Sequence[float], factor: int, size: tuple[int, int]) ->
     return left, top, right, bottom
 
 
+def _outline(corners: tuple[float, float, float, float]) -> list[tuple[float, float]]:
+    left, top, right, bottom = corners
+    return [(left, top), (right, top), (right, bottom), (left, bottom), (left, top), (right, top)]
+
+
 def _dashed_rectangle(
-    draw: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], colour: str, line: int
+    draw: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], colour: str, line: int, dash: int
 ) -> None:
     left, top, right, bottom = corners
-    dash = 4 * line
     for start in range(round(left), round(right), 2 * dash):
         stop = min(start + dash, right)
         draw.line((start, top, stop, top), fill=colour, width=line)

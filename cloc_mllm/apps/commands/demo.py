@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from typing import Any
 
 EPILOG = """\
 examples:
@@ -45,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from cloc_mllm.apps.demo.runner import run_demo
     from cloc_mllm.apps.demo.stages import StageFailedError
 
+    # `kill` and a closed terminal end the stages too, as Ctrl-C does: left alone they would go on for minutes.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     plan = make_plan(args.preset, world_size=args.world_size, seed=args.seed)
     try:
         page = run_demo(plan, args.out, fresh=args.fresh, progress=Progress(sys.stderr))
@@ -53,3 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(page)
     return 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -46,6 +46,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the suite that parsed arguments ask for and print its table."""
+    import shlex
+    import sys
+
     from cloc_mllm.apps.outputs import prepare_output_folder
     from cloc_mllm.evaluation.suites import EvalOptions, find_suite, run_suite
 
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         trust_remote_code=args.trust_remote_code,
     )
-    report = run_suite(args.suite, options)
+    report = run_suite(args.suite, options, command=shlex.join(["cloc-mllm", *sys.argv[1:]]))
     for name, entry in report["metrics"].items():
         if entry["value"] is not None:
             low, high = (f"{100 * end:.1f}" for end in entry["ci95"])

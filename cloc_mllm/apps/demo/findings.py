@@ -94,7 +94,7 @@ def findings(report: Mapping[str, Any]) -> list[dict[str, str]]:
         found += _against_clip(mllms, OURS_MLLM, metric, meaning)
     found += _controls(encoders, OURS_ENCODER, ("clip_captions",), ENCODER_METRICS)
     found += _controls(mllms, OURS_MLLM, ("clip_roi", "cloc", "blind"), MLLM_METRICS)
-    return found + _below_majority(mllms, report["baselines"])
+    return found + _below_majority(mllms, report["baselines"]["mllm"])
 
 
 def _against_clip(models: Mapping[str, Metrics], ours: str, metric: str, meaning: str) -> list[dict[str, str]]:

@@ -63,7 +63,10 @@ def write_page(report: Mapping[str, Any], out: Path, runs: Mapping[str, Path], i
         undefined=StrictUndefined,
         trim_blocks=False,
     )
-    floors = {metric: majority_of(report["baselines"], metric) for metric in {**ENCODER_METRICS, **MLLM_METRICS}}
+    floors = {
+        kind: {metric: majority_of(report["baselines"][kind], metric) for metric in metrics}
+        for kind, metrics in (("encoder", ENCODER_METRICS), ("mllm", MLLM_METRICS))
+    }
     colours = {name: MODEL_COLOURS.get(name, PALETTE[6]) for name in [*report["encoder"], *report["mllm"]]}
     environment.filters |= {
         "percent": percent,
@@ -121,7 +124,7 @@ def loss_charts(runs: Mapping[str, Path]) -> list[str]:
 def data_uri(picture: Image.Image) -> str:
     """Return a picture as the text an `<img>` takes."""
     buffer = io.BytesIO()
-    picture.convert("RGB").quantize(64).save(buffer, format="PNG", optimize=True)
+    picture.convert("RGB").quantize(256).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -167,7 +170,7 @@ def _chats(samples: Sequence[Mapping[str, Any]], images: Path) -> list[dict[str,
             {
                 "question": sample["question"],
                 "truth": sample["truth"],
-                "replies": [{"model": name, "text": answer["text"]} for name, answer in sample["answers"].items()],
+                "replies": [{"model": name, **answer} for name, answer in sample["answers"].items()],
             }
             for sample in asked
         ]

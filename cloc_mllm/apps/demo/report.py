@@ -76,8 +76,7 @@ def build_report(
         "limits": list(plan.limits),
         "versions": versions(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {platform.system()}",
-        "seconds": round(sum(stamp["seconds"] for stamp in stamps.values()), 2),
-        "seconds_this_run": round(seconds, 2),
+        "seconds": round(seconds, 2),
         "command": command,
     }
     report["findings"] = findings(report) if plan.judged else []
@@ -119,16 +118,12 @@ def _model_entry(
 
 
 def _baselines(plan: DemoPlan, files: DemoFiles) -> dict[str, Any]:
-    """Return what answers that see no image score, by metric; the same for all models of a kind."""
-    joined: dict[str, Any] = {}
-    for kind, names in (
-        ("encoders", [encoder.name for encoder in plan.encoders]),
-        ("mllm", [mllm.name for mllm in plan.mllms]),
-    ):
-        for name in names[:1]:
-            found = _read(files, kind, name, plan.seeds[0])["details"].get("baselines", {})
-            joined |= {metric: value for metric, value in found.items() if metric not in joined}
-    return joined
+    """Return what answers that see no image score, by kind of model and metric; all models of a kind share them."""
+    found = {}
+    for key, kind, models in (("encoder", "encoders", plan.encoders), ("mllm", "mllm", plan.mllms)):
+        details = [_read(files, kind, model.name, plan.seeds[0])["details"] for model in models[:1]]
+        found[key] = details[0].get("baselines", {}) if details else {}
+    return found
 
 
 def _readouts(plan: DemoPlan, files: DemoFiles) -> list[dict[str, Any]]:
@@ -218,7 +213,7 @@ def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         else:
             for metric in ("referring_acc", "grounding_acc50"):
                 add(f"mllm {metric} against {other}", f"above {other}", ours[metric], base[metric])
-    return found + _above_majority(mllms, report["baselines"])
+    return found + _above_majority(mllms, report["baselines"]["mllm"])
 
 
 def _above_majority(mllms: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Any]) -> list[dict[str, Any]]:

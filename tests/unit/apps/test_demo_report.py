@@ -33,11 +33,14 @@ MLLM = {
     "cloc": {"vqa_acc": 0.6, "referring_acc": 0.2, "grounding_acc50": 0.6},
     "cloc_prompter": {"vqa_acc": 0.62, "referring_acc": 0.6, "grounding_acc50": 0.7},
 }
+_FLOOR = {"value": 0.03, "ci95": [0.02, 0.04], "n": 500}
 BASELINES: dict[str, Any] = {
-    "region_top1": {"majority": {"value": 0.03, "ci95": [0.02, 0.04], "n": 500}, "chance": 0.014},
-    "vqa_acc": {"majority": {"value": 0.44, "ci95": [0.4, 0.48], "n": 500}},
-    "referring_acc": {"majority": {"value": 0.03, "ci95": [0.02, 0.04], "n": 500}},
-    "grounding_acc50": {"majority": {"value": 0.03, "ci95": [0.02, 0.04], "n": 500}},
+    "encoders": {"region_top1": {"majority": _FLOOR, "chance": 0.014}, "image_t2i_r1": {"chance": 0.001}},
+    "mllm": {
+        "vqa_acc": {"majority": {"value": 0.44, "ci95": [0.4, 0.48], "n": 500}},
+        "referring_acc": {"majority": _FLOOR},
+        "grounding_acc50": {"majority": _FLOOR},
+    },
 }
 
 
@@ -57,7 +60,7 @@ def _write_evaluations(files: DemoFiles, preset: str, seeds: tuple[int, ...]) ->
             for name in names:
                 folder = files.out / files.evaluation(kind, name, seed)
                 folder.mkdir(parents=True)
-                details: dict[str, Any] = {"baselines": BASELINES, "grounding_mode": "head"}
+                details: dict[str, Any] = {"baselines": BASELINES[kind], "grounding_mode": "head"}
                 if kind == "encoders":
                     details["readouts"] = {"crop": _metrics(values[name]), "roi": _metrics(values[name])}
                     details["localizers"] = {"grid": _metrics({"acc50": 0.1})}
