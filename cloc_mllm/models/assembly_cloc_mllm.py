@@ -50,9 +50,9 @@ def assemble(
         region_encoder=region_encoder,
         prompter_config=None
         if region_encoder == "none"
-        else prompter_config or _prompter_like(encoder, region_encoder),
+        else prompter_config or prompter_like(encoder, region_encoder),
         grounding=grounding,
-        grounding_config=None if grounding == "text" else grounding_config or _prompter_like(encoder, "prompter"),
+        grounding_config=None if grounding == "text" else grounding_config or prompter_like(encoder, "prompter"),
         image_token_index=ids["<image>"],
         region_token_index=ids["<region>"],
         ground_token_index=ids["<ground>"],
@@ -85,7 +85,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: vocabulary[token] for token in CONTROL_TOKENS}
 
 
-def _prompter_like(encoder: ClocModel, kind: str) -> ClocPrompterConfig:
+def prompter_like(encoder: ClocModel, kind: str) -> ClocPrompterConfig:
     """The encoder's own Prompter configuration, or a fresh one of its widths."""
     own = encoder.config.prompter_config
     if own is not None:

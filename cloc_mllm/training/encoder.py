@@ -90,8 +90,8 @@ def encoder_config(
         text_config=language,
         prompter_config=prompter_config(options, vision.hidden_size, options.projection_dim),
         projection_dim=options.projection_dim,
-        logit_scale_init_value=float(torch.tensor(options.logit_scale_init).log()),
-        logit_scale_max=float(torch.tensor(options.logit_scale_max).log()),
+        logit_scale_init_value=math.log(options.logit_scale_init),
+        logit_scale_max=math.log(options.logit_scale_max),
     )
 
 

@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
-from cloc_mllm.models.configuration_cloc import ClocPrompterConfig
+from cloc_mllm.models.assembly_cloc_mllm import prompter_like
+from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
+from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
@@ -48,6 +58,37 @@ def build_mllm(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCond
     if config.model.blind:
         blind(model, tower_mode=config.parts.vision_tower.mode)
     return model.train(), processor
+
+
+def mllm_skeleton(config: TuneConfig) -> ClocMllmForConditionalGeneration:
+    """Build the MLLM a preset asks for without its weights, for counting; call it under the meta device.
+
+    Args:
+        config: The preset.
+
+    Raises:
+        ClocError: The configuration of a part is not there.
+    """
+    options = config.model
+    kind, _, path = options.init.partition(":")
+    if kind == "mllm":
+        require_model_type(path, "cloc_mllm")
+        return ClocMllmForConditionalGeneration(ClocMllmConfig.from_pretrained(path))
+    assert options.encoder is not None  # `MllmModelOptions` has checked it
+    require_model_type(options.encoder, "cloc")
+    encoder = ClocModel(ClocConfig.from_pretrained(options.encoder))
+    head = _grounding_config(options, encoder) or prompter_like(encoder, "prompter")
+    reader = options.region_encoder
+    return ClocMllmForConditionalGeneration(
+        ClocMllmConfig(
+            vision_config=encoder.config.vision_config,
+            text_config=_language_config(options, vocabulary=config.tokenizer.vocab_size),
+            region_encoder=reader,
+            prompter_config=None if reader == "none" else prompter_like(encoder, reader),
+            grounding=options.grounding,
+            grounding_config=head if options.grounding == "head" else None,
+        )
+    )
 
 
 def load_mllm(path: str | Path) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
@@ -159,20 +200,25 @@ def _llm_tokenizer(config: TuneConfig, world: launch.World) -> Any:
     )
 
 
-def _language_model(options: MllmModelOptions, tokenizer: Any, vocabulary: int) -> PreTrainedModel:
-    """Return the language model, in fp32."""
+def _language_config(options: MllmModelOptions, vocabulary: int, **ids: int | None) -> PreTrainedConfig:
+    """Return the language model's configuration; `vocabulary` and token ids are for one from scratch."""
     if options.llm == "scratch":
         size = options.scratch_llm.model_dump()
         size["num_key_value_heads"] = size["num_key_value_heads"] or size["num_attention_heads"]
-        return LlamaForCausalLM(
-            LlamaConfig(
-                **size,
-                vocab_size=vocabulary,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        return LlamaConfig(**size, vocab_size=vocabulary, bos_token_id=None, **ids)
+    try:
+        return AutoConfig.from_pretrained(options.llm)
+    except (OSError, ValueError) as error:
+        raise ClocError(
+            f"cannot be read as the configuration of a language model: {error}", file=options.llm
+        ) from error
+
+
+def _language_model(options: MllmModelOptions, tokenizer: Any, vocabulary: int) -> PreTrainedModel:
+    """Return the language model, in fp32."""
+    if options.llm == "scratch":
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return LlamaForCausalLM(_language_config(options, vocabulary, **ids))
     try:
         return AutoModelForCausalLM.from_pretrained(options.llm, dtype=torch.float32)
     except (OSError, RuntimeError) as error:

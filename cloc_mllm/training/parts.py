@@ -8,6 +8,7 @@ trained, or left out, by accident.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def describe(reports: Iterable[PartReport]) -> str:
     rows = [("part", "mode", "parameters", "trained", "lr")]
     listed = list(reports)
     rows += [(r.name, r.mode, f"{r.total:,}", f"{r.trained:,}", f"{r.lr:g}") for r in listed]
-    total, trained = sum(r.total for r in listed), sum(r.trained for r in listed)
+    trained, total = trained_and_total(listed)
     rows.append(("all", "", f"{total:,}", f"{trained:,}", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = []
@@ -169,9 +170,10 @@ def describe(reports: Iterable[PartReport]) -> str:
     return "\n".join(lines)
 
 
-def trainable_dtypes(model: nn.Module) -> set[Any]:
-    """Return the dtypes of all trained parameters: ZeRO-3 needs there to be exactly one."""
-    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+def trained_and_total(reports: Iterable[PartReport]) -> tuple[int, int]:
+    """Return how many parameters all parts together train, and have."""
+    listed = list(reports)
+    return sum(report.trained for report in listed), sum(report.total for report in listed)
 
 
 def _report(model: nn.Module, name: str, option: PartOptions, table: PartTable, optim: OptimOptions) -> PartReport:
@@ -206,7 +208,10 @@ def _add_lora(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module
     )
     # DeepSpeed casts the whole model itself; adapters that peft keeps in fp32 would break ZeRO-3's one dtype.
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
+        with warnings.catch_warnings():
+            # peft still asks transformers in an old way; nothing of ours can change it.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
     except ValueError as error:
         raise ClocError(f"'parts.llm: lora' does not fit this language model: {error}") from error
 

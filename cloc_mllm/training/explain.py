@@ -1,0 +1,142 @@
+"""What a preset amounts to, said before anything is trained: values, batch, parts, memory.
+
+Models are built on the meta device: they have shapes and no weights, so a 7-billion-parameter LLM is explained in the
+time it takes to read its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import yaml
+from torch import nn
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.training import launch
+from cloc_mllm.training.config import AnyConfig, PretrainConfig, load_config, plan_batch
+from cloc_mllm.training.encoder import encoder_config, prompter_config
+from cloc_mllm.training.parts import PartReport, apply_parts, describe, trained_and_total
+
+GIB = 2**30
+
+# Bytes for each parameter: weights, gradients, and what AdamW keeps (two moments; in bf16 also the fp32 weights).
+BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 12)}
+
+
+def explain(path: str, overrides: Sequence[str] = (), world_size: int = 1) -> str:
+    """Return everything about a preset that can be known without training.
+
+    Args:
+        path: The preset.
+        overrides: `key=value` pairs.
+        world_size: Number of processes to plan for.
+
+    Raises:
+        ClocError: The preset is wrong, or the batch does not divide.
+    """
+    config = load_config(path, overrides)
+    plan = plan_batch(config.run.batch_size, config.run.micro_batch_size, world_size)
+    stage = launch.zero_stage(launch.resolve_zero(config.run.zero))
+    sections = [
+        ("Configuration", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()),
+        ("Batch", _batch_lines(config, str(plan), plan.micro_batch * world_size)),
+    ]
+    try:
+        reports = count_parts(config)
+    except ClocError as error:
+        # A preset may name the export of a stage that has not been run yet.
+        sections.append(("Parts", f"unknown until this is there: {error}"))
+    else:
+        sections.append(("Parts", describe(reports)))
+        sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage)))
+    return "\n\n".join(f"{title}\n{body}" for title, body in sections)
+
+
+def count_parts(config: AnyConfig) -> list[PartReport]:
+    """Build the model without weights and return what is trained in it.
+
+    Args:
+        config: The preset.
+
+    Raises:
+        ClocError: A checkpoint it starts from is not there.
+    """
+    with torch.device("meta"):
+        model: nn.Module = _encoder(config) if isinstance(config, PretrainConfig) else _mllm(config)
+        return apply_parts(model, config.parts, config.optim)[1]
+
+
+def memory_table(reports: Sequence[PartReport], precision: str, world_size: int, stage: int | None) -> str:
+    """Return weights, gradients and optimiser state a process holds at each ZeRO stage, activations apart.
+
+    Args:
+        reports: Of every part.
+        precision: `fp32` or `bf16`.
+        world_size: Number of processes the states are shared over.
+        stage: The preset's stage, marked in the table; ``None`` without DeepSpeed.
+    """
+    trained, total = trained_and_total(reports)
+    for_weights, for_gradients, for_optimizer = BYTES[precision]
+    lines = [f"  {'stage':<6} {'weights':>10} {'gradients':>10} {'optimiser':>10} {'sum':>10}   (activations apart)"]
+    for number in range(4):
+        if number == 0 and precision == "bf16":
+            continue
+        shared = [world_size if number >= least else 1 for least in (3, 2, 1)]
+        sizes = [
+            total * for_weights / shared[0],
+            trained * for_gradients / shared[1],
+            trained * for_optimizer / shared[2],
+        ]
+        mark = "  <- this preset" if number == stage or (stage is None and number == 0) else ""
+        lines.append(f"  {number:<6} " + " ".join(f"{_size(value):>10}" for value in [*sizes, sum(sizes)]) + mark)
+    return "\n".join(lines)
+
+
+def _batch_lines(config: AnyConfig, plan: str, at_once: int) -> str:
+    length = f"{config.run.steps:,} steps" if config.run.steps else f"{config.run.epochs:g} epochs"
+    lines = [f"  {plan}", f"  {length}"]
+    if config.run.steps:
+        lines[-1] += f", {config.run.steps * config.run.batch_size:,} samples seen"
+    if isinstance(config, PretrainConfig):
+        lines.append(f"  every image is contrasted with {at_once - 1} others (accumulation adds no negatives)")
+    return "\n".join(lines)
+
+
+def _encoder(config: PretrainConfig) -> nn.Module:
+    from transformers import CLIPConfig
+
+    from cloc_mllm.models.configuration_cloc import ClocConfig
+    from cloc_mllm.models.modeling_cloc import ClocModel
+    from cloc_mllm.training.encoder import require_model_type
+
+    kind, _, path = config.model.init.partition(":")
+    if kind == "cloc":
+        require_model_type(path, "cloc")
+        return ClocModel(ClocConfig.from_pretrained(path))
+    if kind == "clip":
+        try:
+            clip = CLIPConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ClocError(f"cannot be read as a CLIP configuration: {error}", file=path) from error
+        prompter = prompter_config(config.model, clip.vision_config.hidden_size, clip.projection_dim)
+        return ClocModel(
+            ClocConfig(
+                vision_config=clip.vision_config,
+                text_config=clip.text_config,
+                prompter_config=prompter,
+                projection_dim=clip.projection_dim,
+            )
+        )
+    return ClocModel(encoder_config(config.model, config.tokenizer))
+
+
+def _mllm(config: AnyConfig) -> nn.Module:
+    from cloc_mllm.training.mllm import mllm_skeleton
+
+    assert not isinstance(config, PretrainConfig)
+    return mllm_skeleton(config)
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.2f} MiB"
