@@ -1,0 +1,181 @@
+"""Presets: what is wrong with one is said by file and key, and what is shipped is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.training.config import (
+    AlignConfig,
+    InstructConfig,
+    PretrainConfig,
+    load_config,
+    plan_batch,
+    write_config,
+)
+from cloc_mllm.training.launch import resolve_zero
+from tests.builders_training import CONFIGS, ROOT
+
+CLASSES = {"pretrain": PretrainConfig, "align": AlignConfig, "instruct": InstructConfig}
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+MINIMAL = "stage: pretrain\nrun: {steps: 3}\ndata: {train: here}\n"
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_preset_is_valid_and_says_how_to_launch_it(path: Path) -> None:
+    config = load_config(path)
+    assert type(config) is CLASSES[path.stem.split("_")[0]]
+    program = {"pretrain": "pretrain_cloc.py"}.get(config.stage, f"{config.stage}.py")
+    header = path.read_text().split("stage:")[0]
+    assert f"train/{program}" in header
+    assert f"--config {path.relative_to(ROOT)}" in header
+
+
+def test_there_are_presets_of_every_stage() -> None:
+    assert {path.stem.split("_")[0] for path in SHIPPED} == set(CLASSES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train" / "zero").glob("*.json")), ids=lambda path: path.stem)
+def test_zero_files_leave_optimizer_and_scheduler_to_the_preset(path: Path) -> None:
+    config = json.loads(path.read_text())
+    assert not {"optimizer", "scheduler"} & set(config)
+    assert resolve_zero(path.stem) == config
+    assert config["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero")[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_stage_names_its_file(stage: int) -> None:
+    config = resolve_zero(stage)
+    assert config is not None
+    assert config["zero_optimization"]["stage"] == stage
+    assert resolve_zero(str(stage)) == config
+
+
+def test_a_user_file_with_an_optimizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "z.json"
+    for block in ("optimizer", "scheduler"):
+        path.write_text(json.dumps({"zero_optimization": {"stage": 1}, block: {}}))
+        with pytest.raises(ClocError, match=f"holds a block '{block}'"):
+            resolve_zero(str(path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"zero_optimization": {"stage": 4}}'])
+def test_a_broken_zero_file_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "z.json"
+    path.write_text(text)
+    with pytest.raises(ClocError, match=r"z\.json"):
+        resolve_zero(str(path))
+
+
+def test_none_is_no_deepspeed() -> None:
+    assert resolve_zero("none") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"mine\.yaml: unknown key 'optim\.lrr' \(did you mean 'optim\.lr'\?\)"),
+        ("lr=1", r"unknown key 'lr' \(did you mean 'optim\.lr'"),
+        ("run.precision=fp16", r"'run\.precision' is 'fp16'"),
+        ("run.epochs=1", "exactly one of 'steps' and 'epochs'"),
+        ("run.steps=null", "exactly one of 'steps' and 'epochs'"),
+        ("run.steps=-1", r"'run\.steps' is -1"),
+        ("optim.lr=fast", r"'optim\.lr' is 'fast'"),
+        ("model.patch_size=15", "not a multiple of patch_size 15"),
+        ("model.vision.num_attention_heads=5", "not a multiple of 5 heads"),
+        ("model.init=magic", "'magic' is not one of scratch, clip:PATH, cloc:PATH"),
+        ("parts.vision_tower=lora", "lora' is not supported"),
+        ("parts.vision_towr=full", r"did you mean 'parts\.vision_tower'\?"),
+        ("objective.extra_captions=true", r"set model\.prompter=null"),
+        ("stage=tune", "'stage' must be one of pretrain, align, instruct"),
+        ("run", "Write key=value"),
+        ("run.seed.x=1", "'run.seed' is a value"),
+        ("run.steps=[", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, message: str, preset: Path) -> None:
+    with pytest.raises(ClocError, match=message):
+        load_config(preset, ["run.seed=1", override])
+
+
+def test_bf16_at_stage_0_is_refused_with_the_reason(preset: Path) -> None:
+    with pytest.raises(ClocError, match=r"bf16 with ZeRO stage 0 is refused: DeepSpeed advances Adam"):
+        load_config(preset, ["run.zero=0", "run.precision=bf16"])
+    for zero in ("1", "2", "3", "none"):
+        load_config(preset, [f"run.zero={zero}", "run.precision=bf16"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: [", "not valid YAML"),
+        ("- a", "keys and values"),
+        ("", "keys and values"),
+        (MINIMAL + "run: {steps: 4}\n", "key 'run' is given twice"),
+        ("stage: pretrain\nrun: {steps: 3}\n", "'data' is missing"),
+    ],
+)
+def test_a_broken_file_is_named(text: str, message: str, preset: Path) -> None:
+    preset.write_text(text)
+    with pytest.raises(ClocError, match=message) as error:
+        load_config(preset)
+    assert error.value.file == str(preset)
+
+
+def test_a_missing_file_suggests_its_neighbours() -> None:
+    with pytest.raises(ClocError, match=r"Did you mean .*pretrain_quick\.yaml"):
+        load_config(CONFIGS / "pretrain_quik.yaml")
+
+
+def test_a_preset_of_another_stage_is_refused(preset: Path) -> None:
+    with pytest.raises(ClocError, match="for the stage 'pretrain', not for 'align'"):
+        load_config(preset, stage="align")
+
+
+def test_overrides_reach_into_blocks_and_parse_yaml(preset: Path) -> None:
+    config = load_config(
+        preset, ["optim.lr=1e-4", "model.prompter=null", "parts.text_tower=frozen", "parts.text_tower.lr=3.0e-5"]
+    )
+    assert isinstance(config, PretrainConfig)
+    assert config.optim.lr == 1e-4
+    assert config.model.prompter is None
+    assert (config.parts.text_tower.mode, config.parts.text_tower.lr) == ("frozen", 3e-5)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_written_configuration_reproduces_itself(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    write_config(config, tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml") == config
+    assert next(iter(yaml.safe_load((tmp_path / "run.yaml").read_text()))) == "stage"
+
+
+@given(micro=st.integers(1, 64), accumulation=st.integers(1, 16), world=st.integers(1, 64))
+def test_batch_arithmetic_inverts_itself(micro: int, accumulation: int, world: int) -> None:
+    plan = plan_batch(micro * accumulation * world, micro, world)
+    assert (plan.micro_batch, plan.accumulation, plan.world_size) == (micro, accumulation, world)
+
+
+@given(total=st.integers(1, 512), micro=st.none() | st.integers(1, 64), world=st.integers(1, 16))
+def test_a_batch_that_does_not_divide_is_refused_and_no_other(total: int, micro: int | None, world: int) -> None:
+    fits = total % world == 0 and (micro is None or (total // world) % micro == 0)
+    if not fits:
+        with pytest.raises(ClocError, match="does not divide"):
+            plan_batch(total, micro, world)
+        return
+    plan = plan_batch(total, micro, world)
+    assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch == total
+    assert micro in (None, plan.micro_batch)

@@ -1,0 +1,186 @@
+"""What the two trainers add up, held against the same terms added up by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
+from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.models.modeling_cloc import ClocOutput
+from cloc_mllm.objectives import clip_loss, grounding_loss, region_text_loss
+from cloc_mllm.training.mllm import AlignConversations, blind, first_sample_report
+from cloc_mllm.training.options import AlignDataOptions, MllmObjective, PretrainObjective
+from cloc_mllm.training.phrases import PhraseEmbedder
+from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer, recall_at_1
+from cloc_mllm.training.tune import TuneTrainer
+from tests.builders import tiny_cloc
+from tests.builders_mllm import assistant, grounding_turn, image, region, text, tiny_mllm, user
+from tests.builders_training import write_regions
+
+
+def pretrainer(**objective: Any) -> Any:
+    """The trainer's objective without the trainer around it."""
+    bare: Any = PretrainTrainer.__new__(PretrainTrainer)
+    bare.objective, bare.max_regions, bare._validated = PretrainObjective(**objective), 3, []
+    return bare
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[dict[str, Any]]:
+    dataset = RegionTextDataset(write_regions(tmp_path, 8, seed=3), max_regions=3)
+    return [dataset[k] for k in range(8)]
+
+
+def test_the_objective_is_the_weighted_sum_of_its_terms(samples: list[dict[str, Any]]) -> None:
+    model, processor = tiny_cloc()
+    batch = RegionTextCollator(processor)(samples)
+    trainer = pretrainer(region_weight=0.7, grounding_weight=0.3, grounding_loss="l1_giou", filter_threshold=0.8)
+    loss, scalars = trainer.losses(model.train(), batch, None)
+    out: Any = model(**{key: batch[key] for key in MODEL_INPUTS})
+    share = batch["has_regions"].float().mean()
+    assert 0 < share < 1
+    named = batch["region_unique"]
+    expected = clip_loss(out.image_embeds, out.text_embeds, out.logit_scale) + 0.7 * share * (
+        region_text_loss(out.region_embeds, out.region_text_embeds, out.region_logit_scale, 0.8)
+        + 0.3 * grounding_loss(out.pred_boxes[named], batch["input_boxes"][named], kind="l1_giou")
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(scalars["lambda"], 0.7 * share)
+    assert {"loss_clip", "loss_region", "loss_grounding", "scale", "scale_region", "filtered"} <= set(scalars)
+
+
+def test_a_batch_without_any_region_trains_on_captions_alone(samples: list[dict[str, Any]]) -> None:
+    model, processor = tiny_cloc()
+    batch = RegionTextCollator(processor)([{**sample, "regions": []} for sample in samples])
+    loss, scalars = pretrainer().losses(model.train(), batch, None)
+    torch.testing.assert_close(loss, scalars["loss_clip"])
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.prompter is not None
+    assert next(model.prompter.parameters()).grad is not None, "the Prompter must take part in every step"
+
+
+def test_extra_captions_never_set_two_regions_of_one_image_against_each_other() -> None:
+    """Two images with two and one regions: three positives in two draws, of two rows and of one row."""
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (2, 3))
+    output = ClocOutput(image_embeds=images, region_text_embeds=texts, logit_scale=torch.tensor([5.0]))
+    inputs = {"box_image_index": torch.tensor([0, 0, 1]), "region_valid": torch.ones(3, dtype=torch.bool)}
+    got = pretrainer(extra_captions=True, filter_threshold=None)._extra_caption_loss(output, inputs)
+    first = region_text_loss(images, texts[[0, 2]], 5.0, None)
+    second = region_text_loss(images[:1], texts[[1]], 5.0, None)
+    torch.testing.assert_close(got, (2 * first + 1 * second) / 3)
+
+
+def test_recall_counts_ties_against_the_model() -> None:
+    assert recall_at_1(torch.eye(4)) == 1.0
+    assert recall_at_1(torch.ones(4, 4)) == 0.0
+    assert recall_at_1(torch.tensor([[0.9, 0.1], [0.8, 0.7]])) == 0.5
+
+
+def tuner(phrases: Any, processes: int = 1, windows: int = 1, **objective: float) -> Any:
+    bare: Any = TuneTrainer.__new__(TuneTrainer)
+    bare.objective, bare.phrases = MllmObjective(**objective), phrases
+    bare.world, bare.current_gradient_accumulation_steps = SimpleNamespace(size=processes), windows
+    return bare
+
+
+@pytest.fixture
+def encoder_folder(tmp_path: Path) -> Path:
+    model, processor = tiny_cloc()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_phrases_are_embedded_as_the_encoder_embeds_them(encoder_folder: Path) -> None:
+    model, processor = tiny_cloc()
+    embed = PhraseEmbedder(encoder_folder)
+    got = embed(["Red Ring", "a star", "Red Ring"])
+    with torch.no_grad():
+        expected = model.get_text_features(**processor.tokenize(["red ring", "a star"])).pooler_output
+    torch.testing.assert_close(got, torch.nn.functional.normalize(expected, dim=1)[[0, 1, 0]])
+    assert embed([]).shape == (0, model.config.projection_dim)
+    assert not got.requires_grad
+
+
+def test_box_terms_are_scaled_for_accumulation_and_the_language_loss_for_processes(encoder_folder: Path) -> None:
+    model, processor = tiny_mllm()
+    turns = [[user(image(), text("where?")), grounding_turn()], [user("hi"), assistant("well")]]
+    batch = ConversationCollator(processor)([{"messages": turn} for turn in turns])
+    phrases = PhraseEmbedder(encoder_folder)
+    weights = {"box_weight": 0.5, "text_box_weight": 0.25, "distill_weight": 2.0}
+    items = torch.tensor(50.0)
+    one, parts = tuner(phrases, **weights).losses(model.train(), dict(batch), items)
+    extra = 0.5 * parts["loss_box"] + 0.25 * parts["loss_text_box"] + 2.0 * parts["loss_distill"]
+    torch.testing.assert_close(one, parts["loss_lm"] + extra)
+    many, more = tuner(phrases, processes=4, windows=2, **weights).losses(model, dict(batch), items)
+    torch.testing.assert_close(many, 4 * parts["loss_lm"] + extra / 2)
+    torch.testing.assert_close(more["loss_lm"], 2 * parts["loss_lm"])
+
+
+def test_distillation_vanishes_where_the_query_is_the_phrase(encoder_folder: Path) -> None:
+    trainer = tuner(PhraseEmbedder(encoder_folder))
+    asked = trainer.phrases(["a red ring", "a star"])
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.3, 0.4, 0.9]])
+    perfect = SimpleNamespace(pred_boxes=boxes, text_prompted_boxes=boxes, ground_embeds=asked)
+    total, scalars = trainer._box_terms(perfect, boxes, asked)
+    assert float(total) == pytest.approx(0, abs=1e-5)
+    opposite = SimpleNamespace(pred_boxes=boxes, text_prompted_boxes=boxes, ground_embeds=-asked)
+    assert float(trainer._box_terms(opposite, boxes, asked)[1]["loss_distill"]) == pytest.approx(2, abs=1e-5)
+    assert scalars["loss_box"] >= 0
+
+
+def test_without_a_grounding_head_only_language_is_learnt() -> None:
+    model, processor = tiny_mllm(grounding="text")
+    batch = ConversationCollator(processor)([{"messages": [user(image(), text("where?")), grounding_turn()]}])
+    loss, scalars = tuner(None).losses(model.train(), dict(batch), torch.tensor(9.0))
+    assert list(scalars) == ["loss_lm"]
+    torch.testing.assert_close(loss, scalars["loss_lm"])
+
+
+def test_alignment_tells_names_and_finds_and_never_asks_for_the_ambiguous(tmp_path: Path) -> None:
+    dataset = RegionTextDataset(write_regions(tmp_path, 12, without=0.0), max_regions=None)
+    made = AlignConversations(dataset, AlignDataOptions(train="x", referring=1, grounding=2), seed=0)
+    for index in range(12):
+        item, regions = made[index], dataset[index]["regions"]
+        said = [m for m in item["messages"] if m["role"] == "assistant"]
+        assert said[0]["content"][0]["text"] == dataset[index]["caption"]
+        found = [i for m in said for i in m["content"] if i["type"] == "region"]
+        assert len(found) == min(2, sum(r["unique"] for r in regions))
+        by_text = {r["text"]: r for r in regions if r["unique"]}
+        assert all(by_text[i["phrase"]]["box"] == i["box"] for i in found)
+        asked = [i for m in item["messages"] if m["role"] == "user" for i in m["content"] if i["type"] == "region"]
+        assert len(asked) == 1
+        named = item["messages"][3]["content"][0]["text"]
+        assert any(r["text"] == named and r["box"] == asked[0]["box"] for r in regions)
+    repeated = [i["text"] for i in made[0]["messages"][0]["content"] if i["type"] == "text"]
+    assert repeated == ["Describe the image."]
+
+
+def test_the_first_sample_is_shown_with_what_is_learnt() -> None:
+    _, processor = tiny_mllm()
+    turns = [user(image(), text("what is "), region(1, 2, 20, 20)), assistant("a red ring")]
+    shown = first_sample_report(processor, {"messages": turns})
+    assert "⟦a red ring<|im_end|>⟧" in shown
+    assert f"<image> x {processor.num_image_tokens} " in shown
+    assert shown.count("⟦") == 1
+
+
+@torch.no_grad()
+def test_blinding_hides_the_image_from_every_output() -> None:
+    model, processor = tiny_mllm()
+    blind(model, "frozen")
+    outputs = []
+    for seed in (1, 2):
+        turns = [user(image(seed), text("what is "), region(1, 2, 20, 20)), grounding_turn()]
+        outputs.append(model.eval()(**processor.encode([turns])))
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    assert torch.equal(outputs[0].pred_boxes, outputs[1].pred_boxes)
+    with pytest.raises(Exception, match="would learn to see again"):
+        blind(model, "full")
