@@ -163,7 +163,7 @@ class ClocMllmModel(LlavaModel):
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
         **kwargs: Any,
     ) -> ClocMllmModelOutputWithPast:
-        """Run every part; the arguments are those of :meth:`ClocMllmForConditionalGeneration.forward`."""
+        """Run every part; the inputs are those of :class:`ClocMllmForConditionalGeneration`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         image = (mm_encoder_outputs or {}).get("image")

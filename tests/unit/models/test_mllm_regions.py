@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import StaticCache
+from transformers.generation import utils
 
 from cloc_mllm.models.region_encoder import RegionPrompter
 from tests.builders import tiny_cloc
@@ -176,7 +177,7 @@ def test_generation_from_embeddings_alone(mllm: tuple[Any, Any]) -> None:
     )
 
 
-def test_chunked_prefill_is_refused_with_regions_only(mllm: tuple[Any, Any]) -> None:
+def test_chunked_prefill_is_refused_with_regions(mllm: tuple[Any, Any]) -> None:
     model, processor = mllm
     batch = processor.encode(asked(region(*BOX)), add_generation_prompt=True)
     with pytest.raises(ValueError, match="prefill_chunk_size=8 cannot be used with the 1 regions"):
@@ -184,6 +185,13 @@ def test_chunked_prefill_is_refused_with_regions_only(mllm: tuple[Any, Any]) -> 
     config = type(model.generation_config)(**{**model.generation_config.to_dict(), "prefill_chunk_size": 8})
     with pytest.raises(ValueError, match="prefill_chunk_size=8"):
         model.generate(**batch, generation_config=config)
+
+
+@pytest.mark.skipif(
+    not hasattr(utils, "_slice_mm_encoder_output"), reason="this transformers cannot chunk images at all"
+)
+def test_chunked_prefill_without_regions(mllm: tuple[Any, Any]) -> None:
+    model, processor = mllm
     plain = processor.encode(asked(), add_generation_prompt=True)
     assert torch.equal(
         model.generate(**plain, max_new_tokens=4), model.generate(**plain, max_new_tokens=4, prefill_chunk_size=8)
