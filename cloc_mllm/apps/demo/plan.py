@@ -67,6 +67,7 @@ class DemoPlan:
         limits: What the preset's numbers do not show, for the report.
         judged: Whether the preset is long enough for its figures to be held against the wanted ones.
         language_model: `scratch`, or a folder that holds a causal LM.
+        questions: Test questions of each task that an MLLM is asked; None asks all.
     """
 
     preset: str
@@ -82,6 +83,7 @@ class DemoPlan:
     limits: tuple[str, ...] = ()
     judged: bool = True
     language_model: str = "scratch"
+    questions: int | None = None
 
 
 _ENCODERS = {
@@ -158,6 +160,56 @@ PRESETS = {
         judged=False,
     ),
 }
+
+
+_REAL_LLM_LIMITS = (
+    "One MLLM, tuned with LoRA for some dozen steps and asked a small part of the test questions: this shows that a "
+    "real language model takes regions in and boxes out and keeps its English, not how well it could.",
+    *_SHARED_LIMITS,
+)
+
+
+def with_language_model(plan: DemoPlan, folder: str) -> DemoPlan:
+    """Return a plan with a pre-trained language model: frozen while it is aligned, then tuned with LoRA.
+
+    A step costs some hundred times one of the small model from scratch, so there are few, and one MLLM.
+
+    Args:
+        plan: `quick` or `miniature`.
+        folder: Holds a causal LM and its tokenizer.
+
+    Raises:
+        ClocError: The preset trains too much for that.
+    """
+    if len(plan.seeds) > 1:
+        raise ClocError(
+            f"the preset '{plan.preset}' with a real language model would run for days", remedy="Use --preset quick."
+        )
+    short = not plan.judged
+    shared = (f"run.batch_size={2 if short else 8}", "run.log_every=2", "run.save_every=null")
+    return replace(
+        plan,
+        encoders=(_ENCODERS["cloc"],),
+        mllms=(_MLLMS["cloc_prompter"],),
+        align=TrainingPlan(
+            plan.align.config,
+            (*shared, f"run.steps={1 if short else 60}", "parts.llm.mode=frozen", "data.validation_samples=8"),
+        ),
+        instruct=TrainingPlan(
+            plan.instruct.config,
+            (
+                *shared,
+                f"run.steps={1 if short else 60}",
+                "parts.llm.mode=lora",
+                "parts.llm.lr=5e-4",
+                "data.validation_samples=8",
+            ),
+        ),
+        limits=_REAL_LLM_LIMITS if plan.judged else plan.limits,
+        judged=False,
+        language_model=folder,
+        questions=4 if short else 60,
+    )
 
 
 def make_plan(preset: str, *, world_size: int | None = None, seed: int | None = None) -> DemoPlan:

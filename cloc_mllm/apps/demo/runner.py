@@ -255,6 +255,7 @@ def _evaluation_stage(plan: DemoPlan, files: DemoFiles, kind: str, name: str, se
     command = _cloc(
         *("eval", "scenes", "--model", files.export(trained)),
         *("--data", files.out / DATA, "--out", files.out / stage),
+        *(("--limit", plan.questions) if kind == "mllm" and plan.questions else ()),
     )
     facts = {"world_size": 1, "zero_stage": None, "seed": seed, "images": plan.scenes.test}
     return Stage(stage, "score on the test split", command, (trained,), facts=facts)

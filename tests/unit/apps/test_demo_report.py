@@ -14,7 +14,7 @@ from PIL import Image
 from cloc_mllm.apps.demo.findings import difference, findings
 from cloc_mllm.apps.demo.page import write_page
 from cloc_mllm.apps.demo.picture import write_picture
-from cloc_mllm.apps.demo.plan import PRESETS, make_plan
+from cloc_mllm.apps.demo.plan import PRESETS, make_plan, with_language_model
 from cloc_mllm.apps.demo.report import build_report, targets, write_report
 from cloc_mllm.apps.demo.runner import DATA, DemoFiles, build_stages, open_demo_folder
 from cloc_mllm.apps.drawing import MODEL_COLOURS, TRUE_COLOUR
@@ -306,6 +306,18 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(tmp_path: Path) 
         build_stages(make_plan("quick", world_size=7), DemoFiles(tmp_path, programs_folder(), 1))
     with pytest.raises(ClocError, match="at least one process"):
         make_plan("quick", world_size=0)
+
+
+def test_a_real_language_model_is_frozen_then_tuned_with_lora(tmp_path: Path) -> None:
+    plan = with_language_model(make_plan("quick"), "/models/llm")
+    stages = {stage.name: stage for stage in build_stages(plan, DemoFiles(tmp_path, programs_folder(), 1))}
+    assert "parts.llm.mode=frozen" in stages["mllm/cloc_prompter/align"].command
+    assert "model.llm=/models/llm" in stages["mllm/cloc_prompter/align"].command
+    assert "parts.llm.mode=lora" in stages["mllm/cloc_prompter/instruct"].command
+    assert "--limit" in stages["evaluation/mllm/cloc_prompter"].command
+    assert "--limit" not in stages["evaluation/encoders/cloc"].command
+    with pytest.raises(ClocError, match="--preset quick"):
+        with_language_model(make_plan("reproduce"), "/models/llm")
 
 
 def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
