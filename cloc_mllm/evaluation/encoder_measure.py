@@ -44,10 +44,10 @@ class EncoderSettings:
 
     batch_size: int = 64
     crop_limit: int | None = 2000
-    grid_images: int = 400
+    grid_images: int = 300
     pool_size: int = 256
     pools: int = 8
-    validation_images: int = 400
+    validation_images: int = 300
     seed: int = 0
     progress: bool = True
 

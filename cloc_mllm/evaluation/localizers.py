@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from cloc_mllm.evaluation.readouts import ClocEncoder, EncodedImages, pool_patches
+from cloc_mllm.models.geometry import Geometry
 from cloc_mllm.models.grid_search import GridSearch
 
 HEATMAP_THRESHOLDS = (0.4, 0.6, 0.8)
@@ -178,10 +179,12 @@ def build_localizers(encoder: ClocEncoder, method: str | None = None) -> list[Lo
 def _to_pixels(images: EncodedImages, boxes: torch.Tensor, owner: torch.Tensor) -> NDArray[np.float64]:
     """``(P, 4)`` normalised boxes of the model frame to pixels of each one's own image."""
     result = torch.zeros(len(boxes), 4, dtype=torch.float64)
-    owner = owner.cpu()
-    for image in owner.unique().tolist():
-        rows = owner == image
-        result[rows] = images.geometries[image].boxes_from_model(boxes.detach().cpu()[rows])
+    # Together for all images that lie alike in the frame: of most data sets that are many.
+    alike: dict[Geometry, list[int]] = {}
+    for row, image in enumerate(owner.tolist()):
+        alike.setdefault(images.geometries[image], []).append(row)
+    for geometry, rows in alike.items():
+        result[rows] = geometry.boxes_from_model(boxes.detach().cpu()[rows])
     return np.asarray(result.numpy(), dtype=np.float64)
 
 

@@ -227,7 +227,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     for number, detail in enumerate(details):
         prefix = f"Run {number + 1}: " if len(details) > 1 else ""
         for name, value in detail.items():
-            lines += [f"## {prefix}{name}", "", *_render_detail(value), ""]
+            rendered = _baseline_table(value) if name == "baselines" else _render_detail(value)
+            lines += [f"## {prefix}{name}", "", *rendered, ""]
     versions_line = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n".join([*lines, "## How", "", "```", *commands, "```", "", f"Versions: {versions_line}.", ""])
 
@@ -251,6 +252,20 @@ def _render_detail(value: Any) -> list[str]:
             lines += [f"### {name}", "", *_metric_table(item), ""]
         else:
             lines.append(f"* {name}: {item if isinstance(item, (str, int, float)) else json.dumps(item)}")
+    return lines
+
+
+def _baseline_table(baselines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| metric | best constant answer | 95 % interval | even guess | the answer |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, entry in baselines.items():
+        majority = entry.get("majority") or {"value": None, "ci95": (None, None)}
+        low, high = majority["ci95"]
+        constant = ", ".join(f"{kind}: {answer}" for kind, answer in entry.get("answers", {}).items())
+        cells = [_percent(majority["value"]), f"{_percent(low)} to {_percent(high)}", _percent(entry.get("chance"))]
+        lines.append(f"| {' | '.join([name, *cells, constant])} |")
     return lines
 
 
