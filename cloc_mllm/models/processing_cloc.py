@@ -139,6 +139,6 @@ def check_prompt(prompt: Sequence[float], width: int, height: int, numbers: int 
         raise ValueError(f"{kind} {values} is not {numbers} numbers")
     if numbers == 4 and (values[2] <= values[0] or values[3] <= values[1]):
         raise ValueError(f"box {values} is empty or has its corners out of order: x1 < x2 and y1 < y2 are needed")
-    inside = all(0 <= v <= limit for v, limit in zip(values, (width, height) * 2, strict=False))
+    inside = all(0 <= v <= limit for v, limit in zip(values, (width, height) * (numbers // 2), strict=True))
     if not inside:
         raise ValueError(f"{kind} {values} is outside the image of {width} x {height} pixels")
