@@ -48,9 +48,7 @@ def assemble(
         vision_config=copy.deepcopy(encoder.config.vision_config),
         text_config=copy.deepcopy(llm.config),
         region_encoder=region_encoder,
-        prompter_config=None
-        if region_encoder == "none"
-        else prompter_config or prompter_like(encoder, region_encoder),
+        prompter_config=None if region_encoder == "none" else prompter_config or prompter_like(encoder, region_encoder),
         grounding=grounding,
         grounding_config=None if grounding == "text" else grounding_config or prompter_like(encoder, "prompter"),
         image_token_index=ids["<image>"],
