@@ -77,7 +77,7 @@ def test_some_ranks_see_no_region_at_all(data: Path) -> None:
     assert [True, False] in has or [False, True] in has
 
 
-@pytest.mark.parametrize("zero", ["none", "0", "1", "2", "3"])
+@pytest.mark.parametrize("zero", ["none", "0", "1", "2", "3", "zero2_offload", "zero3_offload"])
 def test_two_processes_at_every_stage_equal_one_plain_process(
     zero: str, data: Path, runs: Path, reference: Path, whole_shards: str
 ) -> None:
@@ -119,6 +119,7 @@ def test_resuming_repeats_the_uninterrupted_run_exactly(
     pretrain(data, cut, 2, *overrides, "--resume")
     assert losses(cut) == losses(whole)
     assert (cut / "export" / "model.safetensors").read_bytes() == (whole / "export" / "model.safetensors").read_bytes()
+    load_encoder(whole / "checkpoint-4")  # a checkpoint's weights can start another run
 
 
 def test_resume_over_another_number_of_processes_is_refused_by_name(data: Path, runs: Path) -> None:
