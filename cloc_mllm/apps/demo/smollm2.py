@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib import util
@@ -78,7 +79,10 @@ def _unpack(source: Path, target: Path) -> None:
     """Write the GGUF file's model and tokenizer as plain fp32 weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The weights are plain tensors by now, but the model still calls itself quantised and refuses to be saved.
     model.hf_quantizer = None
