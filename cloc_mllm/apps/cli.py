@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. Bad usage leaves through argparse's `SystemExit(2)`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _quieten_libraries()
     try:
         parser = build_parser(arguments)
         args = parser.parse_args(arguments)
@@ -134,6 +136,14 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(command.name, help=command.summary)
     return parser
+
+
+def _quieten_libraries() -> None:
+    """Keep libraries' bars and notices out of what this program prints; takes effect before any of them is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # It writes to stdout, where a caller of --json reads, and warns of every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _complain(message: str) -> int:

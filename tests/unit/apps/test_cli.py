@@ -154,6 +154,22 @@ def test_a_closed_pipe_is_no_error_message() -> None:
     assert process.wait() == cli.BROKEN_PIPE
 
 
+def test_stdout_and_stderr_hold_nothing_of_the_libraries() -> None:
+    code = (
+        "from cloc_mllm.apps import cli\n"
+        "try: cli.main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "import logging, tqdm\n"
+        "log = logging.getLogger('DeepSpeed'); log.setLevel(logging.WARNING)\n"
+        "log.addHandler(logging.StreamHandler()); log.warning('no GPU')\n"
+        "list(tqdm.tqdm(range(3)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith("cloc-mllm ")
+    assert done.stderr == ""
+
+
 def test_the_table_names_real_modules() -> None:
     for command in cli.COMMANDS:
         assert callable(importlib.import_module(command.module).add_parser)
