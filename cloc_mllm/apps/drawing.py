@@ -58,7 +58,7 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[DrawnBox], smallest_side: i
         Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS,
     )
     draw = ImageDraw.Draw(canvas)
-    line = max(2, round(max(canvas.size) / 160))
+    line = max(3, round(max(canvas.size) / 110))
     font = ImageFont.load_default(size=max(12, round(max(canvas.size) / 34)))
     for item in boxes:
         corners = _canvas_corners(item.box, factor, canvas.size)

@@ -22,7 +22,7 @@ def test_the_outline_lies_on_the_box(side: int, dashed: bool) -> None:
     factor = drawn.width / side
     assert factor == int(factor)
     found = _colour_bounds(drawn, (255, 0, 0))
-    tolerance = 4 * max(2, round(drawn.width / 160)) if dashed else max(2, round(drawn.width / 160))
+    tolerance = 4 * max(3, round(drawn.width / 110)) if dashed else max(3, round(drawn.width / 110))
     assert found == pytest.approx([value * factor for value in box], abs=tolerance)
 
 
