@@ -47,7 +47,7 @@ class EncoderSettings:
     grid_images: int = 300
     pool_size: int = 256
     pools: int = 8
-    validation_images: int = 300
+    validation_images: int = 200
     seed: int = 0
     progress: bool = True
 

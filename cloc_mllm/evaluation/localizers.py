@@ -2,7 +2,7 @@
 
 CLOC answers with its BoxHead (trained for it) or by searching a grid of boxes with its Prompter (not trained for it).
 CLIP can do neither, so it is given the same search over pooled patches, and the box around the hot part of its patch
-heat map. All satisfy :class:`Localizer`.
+heat map; both over its last patch tokens and over its last layer's values. All satisfy :class:`Localizer`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cloc_mllm.evaluation.readouts import ClocEncoder, EncodedImages, pool_patch
 from cloc_mllm.models.geometry import Geometry
 from cloc_mllm.models.grid_search import GridSearch
 
-HEATMAP_THRESHOLDS = (0.4, 0.6, 0.8)
+HEATMAP_THRESHOLDS = (0.5, 0.65, 0.8)
 """Shares of a heat map's range above which it counts as hot; which one is used is chosen on the validation split."""
 _HEATMAP_UPSAMPLE = 4
 _GRID_MEMORY = 2**26
@@ -75,7 +75,7 @@ class BoxHeadLocalizer:
 
 
 class GridLocalizer:
-    """Search of a grid of boxes, embedded by the Prompter or, for ``readout="roi"``, by pooled patches."""
+    """Search of a grid of boxes, embedded by the Prompter or, for ``roi`` and ``value``, by pooling."""
 
     trained = False
 
@@ -105,7 +105,7 @@ class GridLocalizer:
         if self.readout == "prompter":
             tokens = images.tokens[image : image + 1]
             return self.encoder.model.ground_features(tokens, text_embeds, index, content, self.search)[0]
-        patches = images.patches[image : image + 1]
+        patches = images.dense(self.readout)[image : image + 1]
 
         def embed(boxes: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
             return pool_patches(patches, boxes, owner)
@@ -118,18 +118,23 @@ class HeatMapLocalizer:
 
     The map is upsampled bilinearly, scaled to [0, 1] and cut at a threshold; the box encloses the connected part that
     holds the peak. Patches whose centre lies in the padding never count.
+
+    Args:
+        threshold: Share of the map's range.
+        source: ``roi``: the tower's last patch tokens; ``value``: the last layer's values (see :class:`RoiReadout`).
     """
 
     trained = False
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, source: str = "roi") -> None:
         self.threshold = threshold
-        self.name = f"heatmap_{threshold:g}"
+        self.source = source
+        self.name = f"heatmap_{source}_{threshold:g}"
 
     @torch.no_grad()
     def locate(self, images: EncodedImages, text_embeds: torch.Tensor, owner: torch.Tensor) -> Located:
         """See :class:`Localizer`."""
-        patches = functional.normalize(images.patches, dim=-1)
+        patches = functional.normalize(images.dense(self.source), dim=-1)
         side = math.isqrt(patches.shape[1])
         heat = torch.einsum("pd,pnd->pn", text_embeds, patches[owner]).view(-1, 1, side, side)
         fine = functional.interpolate(heat, scale_factor=_HEATMAP_UPSAMPLE, mode="bilinear", align_corners=False)[:, 0]
@@ -160,19 +165,25 @@ def build_localizers(encoder: ClocEncoder, method: str | None = None) -> list[Lo
 
     Args:
         encoder: The encoder.
-        method: Only the ways that go with this read-out: ``prompter``, ``roi`` (patches), or ``crop`` (none). Default
-            all but one: a grid over pooled patches is costly and no use to an encoder with a Prompter.
+        method: Only the ways that go with this read-out: ``prompter``, ``roi``, ``value``, or ``crop`` (none). Default
+            with a Prompter its own ways and the heat maps of patch tokens, without one all that the encoder has.
     """
     has_prompter = encoder.model.prompter is not None
+    if method is not None:
+        sources = [method]
+    elif has_prompter:
+        sources = ["prompter", "roi"]
+    else:
+        sources = ["roi", "value"] if encoder.is_clip_tower else ["roi"]
     found: list[Localizer] = []
-    if has_prompter and method in (None, "prompter") and encoder.model.box_head is not None:
-        found.append(BoxHeadLocalizer(encoder))
-    if has_prompter and method in (None, "prompter"):
-        found.append(GridLocalizer(encoder, "prompter"))
-    if method == "roi" or (method is None and not has_prompter):
-        found.append(GridLocalizer(encoder, "roi"))
-    if method in (None, "roi"):
-        found += [HeatMapLocalizer(threshold) for threshold in HEATMAP_THRESHOLDS]
+    for source in sources:
+        if source == "prompter" and encoder.model.box_head is not None:
+            found.append(BoxHeadLocalizer(encoder))
+        # A grid over pooled patches is costly and no use to an encoder with a Prompter, unless it is asked for.
+        if source == "prompter" or (source != "crop" and (method or not has_prompter)):
+            found.append(GridLocalizer(encoder, source))
+        if source in ("roi", "value"):
+            found += [HeatMapLocalizer(threshold, source) for threshold in HEATMAP_THRESHOLDS]
     return found
 
 

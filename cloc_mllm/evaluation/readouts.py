@@ -1,8 +1,9 @@
 """How an encoder is read: images and texts in, one embedding for each box out.
 
-CLIP has no region embedding of its own, so it is read in the two ways in use: crop the box and encode it as an image,
-or pool the patch tokens under the box and send them through CLIP's projection. CLOC is read through its Prompter. All
-of them satisfy :class:`RegionReadout`, so no suite knows which one it measures, and a test can hand it an oracle.
+CLIP has no region embedding of its own, so it is read in three ways: crop the box and encode it as an image; pool the
+patch tokens under the box and send them through CLIP's projection; or pool what the last layer's values hold there.
+CLOC is read through its Prompter. All satisfy :class:`RegionReadout`, so no suite knows which one it measures, and a
+test can hand it an oracle.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -45,6 +46,7 @@ class EncodedImages:
         embeds: (B, D) whole-image embeddings, L2-normalised.
         tokens: (B, N, width) the tower's tokens before pooling and projection.
         patches: (B, side * side, D) patch tokens in the shared space, not normalised.
+        values: The same of the last layer's values alone; None for towers that cannot be read so.
     """
 
     ids: Sequence[str]
@@ -53,6 +55,18 @@ class EncodedImages:
     embeds: torch.Tensor
     tokens: torch.Tensor
     patches: torch.Tensor
+    values: torch.Tensor | None = None
+
+    def dense(self, source: str) -> torch.Tensor:
+        """Return ``patches`` (source ``roi``) or ``values`` (source ``value``).
+
+        Raises:
+            ClocError: The tower has no values to read.
+        """
+        found = self.patches if source == "roi" else self.values
+        if found is None:
+            raise ClocError("this tower cannot be read through its last layer's values: it is no CLIP tower")
+        return found
 
 
 class Encoder(Protocol):
@@ -129,7 +143,9 @@ class ClocEncoder:
     def encode_images(self, pictures: Sequence[Image.Image], ids: Sequence[str]) -> EncodedImages:
         """Encode RGB images; see :class:`EncodedImages`."""
         pixels = self.processor.image_processor(list(pictures))["pixel_values"].to(self.model.device)
-        output = self.model.get_image_features(pixels)
+        before_last = _LastLayerInput(self.model.vision_model)
+        with before_last:
+            output = self.model.get_image_features(pixels)
         tokens = output.last_hidden_state
         return EncodedImages(
             ids=ids,
@@ -138,14 +154,25 @@ class ClocEncoder:
             embeds=functional.normalize(output.pooler_output.float(), dim=-1),
             tokens=tokens,
             patches=self._project_patches(tokens),
+            values=None if before_last.seen is None else self._project_patches(self._values(before_last.seen)),
         )
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What each token would tell the class token in the last layer, were the class token to attend to it alone."""
+        layer = self.model.vision_model.encoder.layers[-1]
+        return layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(hidden)))
+
+    @property
+    def is_clip_tower(self) -> bool:
+        """Whether the tower is a stock CLIP one, whose class token is pooled."""
+        return isinstance(self.model.vision_model, CLIPVisionModel)
 
     def _project_patches(self, tokens: torch.Tensor) -> torch.Tensor:
         """Send patch tokens the way the pooled token goes: post-norm (where the tower leaves it out), projection."""
         tower = self.model.vision_model
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         patches = tokens[:, -side * side :]
-        if isinstance(tower, CLIPVisionModel):
+        if self.is_clip_tower:
             patches = tower.post_layernorm(patches)
         return self.model.visual_projection(patches).float()
 
@@ -180,15 +207,22 @@ class PrompterReadout:
 
 
 class RoiReadout:
-    """Mean of the patch embeddings sampled under the box. Works for any encoder, trained for it or not."""
+    """Mean of the patch embeddings sampled under the box. Works for any encoder, trained for it or not.
 
-    name = "roi"
+    Args:
+        source: ``roi``: the tower's last patch tokens. ``value``: the last layer's values alone (MaskCLIP, arXiv
+            2112.01071). The last tokens of a CLIP were never trained to mean anything in the shared space; the values
+            are what its class token is made of, and say far better what is where.
+    """
+
+    def __init__(self, source: str = "roi") -> None:
+        self.name = source
 
     @torch.no_grad()
     def embed(self, images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> torch.Tensor:
         """See :class:`RegionReadout`."""
         placed, owner = place_boxes(images, boxes)
-        return functional.normalize(pool_patches(images.patches, placed, owner), dim=-1)
+        return functional.normalize(pool_patches(images.dense(self.name), placed, owner), dim=-1)
 
 
 class CropReadout:
@@ -212,26 +246,52 @@ class CropReadout:
 
 
 def build_readouts(encoder: ClocEncoder, names: Sequence[str] | None = None) -> list[RegionReadout]:
-    """Make read-outs by name; by default the Prompter's and RoI pooling, or without a Prompter RoI pooling and crops.
+    """Make read-outs by name.
+
+    Args:
+        encoder: The encoder.
+        names: Of ``prompter``, ``roi``, ``value``, ``crop``. Default with a Prompter that and RoI pooling, without one
+            all that the encoder has.
 
     Raises:
-        ClocError: A name is unknown, or the encoder has no Prompter.
+        ClocError: A name is unknown, or the encoder cannot be read so.
     """
     has_prompter = encoder.model.prompter is not None
-    wanted = list(names) if names else (["prompter", "roi"] if has_prompter else ["roi", "crop"])
+    known: dict[str, RegionReadout] = {"roi": RoiReadout("roi"), "crop": CropReadout(encoder)}
+    if encoder.is_clip_tower:
+        known["value"] = RoiReadout("value")
+    if has_prompter:
+        known["prompter"] = PrompterReadout(encoder)
+    wanted = list(names) if names else (["prompter", "roi"] if has_prompter else [*known])
     if "prompter" in wanted and not has_prompter:
         raise ClocError(
             "this encoder has no Prompter, so it cannot be read through one",
             file=encoder.name,
-            remedy="Use --method roi or --method crop.",
+            remedy="Use --method roi, value or crop.",
         )
-    known: dict[str, RegionReadout] = {"roi": RoiReadout(), "crop": CropReadout(encoder)}
-    if has_prompter:
-        known["prompter"] = PrompterReadout(encoder)
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ClocError(f"there is no read-out '{unknown[0]}'", remedy="Choose prompter, roi or crop.")
+        raise ClocError(f"there is no read-out '{unknown[0]}'", remedy=f"Choose one of {', '.join(known)}.")
     return [known[name] for name in wanted]
+
+
+class _LastLayerInput:
+    """While it is entered, remembers what went into the last layer of a CLIP tower; of other towers, nothing."""
+
+    def __init__(self, tower: torch.nn.Module) -> None:
+        self.layer = tower.encoder.layers[-1] if isinstance(tower, CLIPVisionModel) else None
+        self.seen: torch.Tensor | None = None
+
+    def __enter__(self) -> None:
+        if self.layer is not None:
+            self._hook = self.layer.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen = args[0] if args else kwargs["hidden_states"]
+
+    def __exit__(self, *error: object) -> None:
+        if self.layer is not None:
+            self._hook.remove()
 
 
 def place_boxes(images: EncodedImages, boxes: Sequence[Sequence[Box]]) -> tuple[torch.Tensor, torch.Tensor]:

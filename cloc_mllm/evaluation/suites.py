@@ -21,7 +21,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.metrics import Metric
 from cloc_mllm.evaluation.report import DatasetRef, build_report, write_report
 
-METHODS = ("prompter", "roi", "crop")
+METHODS = ("prompter", "roi", "value", "crop")
 ENCODER, MLLM = "cloc", "cloc_mllm"
 
 _VALIDATION = "validation"
@@ -37,7 +37,7 @@ class EvalOptions:
         data: The data: for ``scenes`` the folder that ``cloc-mllm data scenes`` wrote, for ``region`` region-text data.
         out: The folder for the report.
         split: Default ``test`` for ``scenes``; for ``region`` only a name for the report.
-        method: Read regions in this way only: ``prompter``, ``roi`` or ``crop``.
+        method: Read regions in this way only: ``prompter``, ``roi``, ``value`` or ``crop``.
         limit: Encoders: images; MLLMs: questions of each task. Drawn with ``seed``; default all.
         seed: Of every draw and of the bootstrap.
         device: Default a GPU if there is one.
@@ -260,9 +260,9 @@ def _region(options: EvalOptions) -> Outcome:
         raise _other_model(model_type(options.model), options)
     split = load_region_split(options.data, split=options.split or "all", limit=options.limit, seed=options.seed)
     encoder = ClocEncoder.from_pretrained(options.model, options.device)
-    own = "prompter" if encoder.model.prompter is not None else "crop"
-    # The first is the headline. For CLIP that is the crop, as protocol A has it; pooling is shown beside it.
-    readouts = build_readouts(encoder, [options.method] if options.method else [own, "roi"])
+    readouts = build_readouts(encoder, [options.method] if options.method else None)
+    # The first is the headline: the Prompter's, or for CLIP the crop, which needs no read-out of patches.
+    readouts.sort(key=lambda way: way.name not in ("prompter", "crop"))
     settings = EncoderSettings(crop_limit=None, seed=options.seed, **_batch(options))
     metrics, details = evaluate_regions(encoder, readouts, split, settings)
     return Outcome(split.ref, metrics, details)

@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json and report.md")
     parser.add_argument(
         "--method",
-        choices=("prompter", "roi", "crop"),
+        choices=("prompter", "roi", "value", "crop"),
         help="encoders: read regions in this way only (default: the Prompter, or without one every way)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="images, or questions of each task (default: all)")

@@ -81,7 +81,7 @@ def test_whole_image_patches_and_crop_go_through_clips_projection() -> None:
     assert torch.allclose(crops[2], whole[0], atol=1e-6), "the crop of the whole picture is the picture"
 
 
-@pytest.mark.parametrize("readout", ["prompter", "roi", "crop"])
+@pytest.mark.parametrize("readout", ["prompter", "roi", "value", "crop"])
 def test_embeddings_do_not_depend_on_the_order_of_boxes_or_the_batch(readout: str) -> None:
     encoder = encoder_of()
     (way,) = build_readouts(encoder, [readout])
@@ -114,7 +114,7 @@ def test_read_outs_an_encoder_does_not_have_are_refused() -> None:
         build_readouts(encoder_of(None), ["prompter"])
     with pytest.raises(ClocError, match="no read-out 'cropp'"):
         build_readouts(encoder_of(None), ["cropp"])
-    assert [way.name for way in build_readouts(encoder_of(None))] == ["roi", "crop"]
+    assert [way.name for way in build_readouts(encoder_of(None))] == ["roi", "crop", "value"]
     assert [way.name for way in build_readouts(encoder_of())] == ["prompter", "roi"]
 
 
@@ -122,12 +122,34 @@ def test_localizers_follow_what_the_encoder_has() -> None:
     def names(kind: str | None, method: str | None = None) -> list[str]:
         return [way.name.split("_0")[0] for way in build_localizers(encoder_of(kind), method)]
 
-    assert names("prompter") == ["box_head", "grid_prompter", *["heatmap"] * 3]
-    assert names("roi_align") == ["grid_prompter", *["heatmap"] * 3]
-    assert names(None) == ["grid_roi", *["heatmap"] * 3]
+    maps = {source: [f"heatmap_{source}"] * 3 for source in ("roi", "value")}
+    assert names("prompter") == ["box_head", "grid_prompter", *maps["roi"]]
+    assert names("roi_align", "prompter") == ["grid_prompter"]
+    assert names(None) == ["grid_roi", *maps["roi"], "grid_value", *maps["value"]]
     assert names("prompter", "prompter") == ["box_head", "grid_prompter"]
-    assert names("prompter", "roi") == ["grid_roi", *["heatmap"] * 3]
+    assert names("prompter", "roi") == ["grid_roi", *maps["roi"]]
     assert names("prompter", "crop") == []
+
+
+def test_values_are_the_last_layers_output_if_the_class_token_attended_to_one_patch_alone() -> None:
+    encoder = encoder_of(None)
+    images = encoder.encode_images(PICTURES, ["a", "b", "c"])
+    tower = encoder.model.vision_model
+    layer = tower.encoder.layers[-1]
+    with torch.no_grad():
+        pixels = encoder.processor(images=PICTURES)["pixel_values"]
+        hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        normed = layer.layer_norm1(hidden)
+        key, value = normed[:, :1], normed[:, 5:6]
+        alone = layer.self_attn.out_proj(
+            functional.scaled_dot_product_attention(
+                layer.self_attn.q_proj(key), layer.self_attn.k_proj(value), layer.self_attn.v_proj(value)
+            )
+        )
+        expected = encoder.model.visual_projection(tower.post_layernorm(alone))[:, 0]
+    assert images.values is not None
+    assert torch.allclose(images.values[:, 4], expected, atol=1e-5)
+    assert not layer._forward_pre_hooks, "the hook is gone"
 
 
 def test_a_checkpoint_loads_from_a_folder_of_any_name(tmp_path: Path) -> None:

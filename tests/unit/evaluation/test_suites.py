@@ -65,7 +65,7 @@ def test_scenes_suite_measures_an_encoder(
     assert ("grounding_acc50" in report["metrics"]) == (kind == "cloc")
     assert {"region_top1", "pointing_acc", "grounding_zeroshot_acc50"} <= set(report["metrics"])
     assert report["details"]["choices"]["made_on"] == ("nothing to choose" if kind == "cloc" else "validation")
-    assert set(report["details"]["readouts"]) == ({"prompter", "roi"} if kind == "cloc" else {"crop", "roi"})
+    assert set(report["details"]["readouts"]) == ({"prompter", "roi"} if kind == "cloc" else {"crop", "roi", "value"})
     printed = capsys.readouterr().out
     assert "region_top1" in printed
     assert str(tmp_path / "report.md") in printed
