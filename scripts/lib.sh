@@ -85,6 +85,7 @@ install_package() {
   make_venv
   fingerprint="$( (echo "$ROOT $extras ${TORCH_SPEC:-} $("$VENV_PYTHON" --version)"; cat "$ROOT/pyproject.toml") | cksum)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
+    [ -w "$VENV" ] || fail "no permission to install into $VENV. Name another place: CLOC_VENV=/some/folder bash $0"
     started=$SECONDS
     : >"$INSTALL_LOG"
     if [ -n "${TORCH_SPEC:-}" ] || ! "$VENV_PYTHON" -c 'import torch' >/dev/null 2>&1; then
