@@ -292,6 +292,21 @@ def test_stages_are_real_commands_in_order(preset: str, tmp_path: Path) -> None:
         assert stage.facts["images"] > 0
 
 
+def test_reproduce_runs_every_control_over_three_seeds_on_the_same_data(tmp_path: Path) -> None:
+    plan = make_plan("reproduce", seed=5)
+    stages = {stage.name: stage for stage in build_stages(plan, DemoFiles(tmp_path, programs_folder(), 3))}
+    assert len(stages) == 1 + 3 * (3 + 2 * 5 + 3 + 5)
+    assert sum(name == "data" for name in stages) == 1
+    for seed in (5, 6, 7):
+        for name in ("blind", "clip", "clip_roi", "cloc", "cloc_prompter"):
+            stage = stages[f"seed{seed}/mllm/{name}/align"]
+            assert f"run.seed={seed}" in stage.command
+            assert stage.after == (f"seed{seed}/encoders/{'cloc' if name.startswith('cloc') else 'clip'}",)
+            assert stage.slots == 1
+            assert ("model.blind=true" in stage.command) == (name == "blind")
+    assert plan.slots == 2, "two of one process each side by side"
+
+
 def test_models_that_are_compared_differ_in_nothing_else(tmp_path: Path) -> None:
     stages = {
         stage.name: stage for stage in build_stages(make_plan("quick"), DemoFiles(tmp_path, programs_folder(), 1))
