@@ -2,7 +2,7 @@
 # Run the demo on a fresh machine: make .venv if it is missing, install what is needed, run `cloc-mllm demo`.
 #
 #   bash scripts/demo.sh                              # 2 processes, at most 10 minutes on 2 idle cores
-#   bash scripts/demo.sh --preset reproduce           # all controls, 3 seeds, at most 90 minutes
+#   bash scripts/demo.sh --preset reproduce           # all controls over 3 seeds: more than an hour
 #   bash scripts/demo.sh --llm smollm2                # with a real language model behind the tower
 #
 # Arguments go to `cloc-mllm demo`; without --out the results lie in runs/demo of the repository. Stages that are done
