@@ -303,11 +303,11 @@ class ClocMllmProcessor(LlavaProcessor):
         """Pictures and boxes of a batch, images counted over the whole of it."""
         pictures = [picture for conversation in conversations for picture in conversation.images]
         firsts = [0]
-        for conversation in conversations:
+        for conversation in conversations[:-1]:
             firsts.append(firsts[-1] + len(conversation.images))
 
         def flat(name: str) -> tuple[torch.Tensor, torch.Tensor, list[Prompt]]:
-            found = [(first, one) for first, c in zip(firsts, conversations, strict=False) for one in getattr(c, name)]
+            found = [(first, one) for first, c in zip(firsts, conversations, strict=True) for one in getattr(c, name)]
             boxes = torch.stack([one.box for _, one in found]) if found else torch.zeros(0, 4)
             index = torch.tensor([first + one.image for first, one in found], dtype=torch.long)
             return boxes, index, [one for _, one in found]

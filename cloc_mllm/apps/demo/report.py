@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cloc_mllm.apps.demo.files import DATA, DemoFiles
 from cloc_mllm.apps.demo.findings import findings, majority_of, percent
 from cloc_mllm.apps.demo.plan import DemoPlan
-from cloc_mllm.apps.demo.runner import DATA, DemoFiles
 from cloc_mllm.apps.demo.samples import collect_samples
 from cloc_mllm.evaluation.report import FRAME, aggregate_metrics, plain, versions
 

@@ -12,11 +12,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+from cloc_mllm.apps.demo.files import DATA, DemoFiles
 from cloc_mllm.apps.demo.plan import DemoPlan, EncoderPlan, MllmPlan, TrainingPlan
 from cloc_mllm.apps.demo.progress import Progress, format_seconds
 from cloc_mllm.apps.demo.stages import FREE_PORT, Stage, StageRunner, stage_environment
@@ -25,42 +25,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.training.config import load_config, plan_batch
 from cloc_mllm.training.launch import programs_folder
 
-DATA = "data"
 _PROGRAMS = {"pretrain": "pretrain_cloc.py", "align": "align.py", "instruct": "instruct.py"}
-
-
-@dataclass(frozen=True)
-class DemoFiles:
-    """Where everything of a demo lies.
-
-    Attributes:
-        out: The output folder.
-        programs: The folder of the training programs.
-        seeds: How many seeds are run; with several, each has a folder of its own.
-    """
-
-    out: Path
-    programs: Path
-    seeds: int
-
-    def encoder(self, name: str, seed: int) -> str:
-        """Stage name, and folder, of an encoder's pre-training."""
-        return f"{self._prefix(seed)}encoders/{name}"
-
-    def mllm(self, name: str, seed: int, stage: str) -> str:
-        """Stage name, and folder, of an MLLM's `align` or `instruct`."""
-        return f"{self._prefix(seed)}mllm/{name}/{stage}"
-
-    def evaluation(self, kind: str, name: str, seed: int) -> str:
-        """Stage name, and folder, of the evaluation of an encoder (`encoders`) or an MLLM (`mllm`)."""
-        return f"{self._prefix(seed)}evaluation/{kind}/{name}"
-
-    def export(self, stage: str) -> Path:
-        """The weights that a training stage leaves."""
-        return self.out / stage / "export"
-
-    def _prefix(self, seed: int) -> str:
-        return f"seed{seed}/" if self.seeds > 1 else ""
 
 
 def run_demo(plan: DemoPlan, out: str | os.PathLike[str], *, fresh: bool = False, progress: Progress) -> Path:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cloc_mllm.apps.demo.files import DATA, DemoFiles
 from cloc_mllm.apps.demo.findings import difference, findings
 from cloc_mllm.apps.demo.page import write_page
 from cloc_mllm.apps.demo.picture import write_picture
 from cloc_mllm.apps.demo.plan import PRESETS, make_plan, with_language_model
 from cloc_mllm.apps.demo.report import build_report, targets, write_report
-from cloc_mllm.apps.demo.runner import DATA, DemoFiles, build_stages, open_demo_folder
+from cloc_mllm.apps.demo.runner import build_stages, open_demo_folder
 from cloc_mllm.apps.drawing import MODEL_COLOURS, TRUE_COLOUR
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.launch import programs_folder
