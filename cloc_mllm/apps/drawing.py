@@ -19,6 +19,7 @@ MODEL_COLOURS = {
     "cloc_prompter": PALETTE[0],
     "clip_captions": PALETTE[3],
     "clip_roi": PALETTE[3],
+    "cloc_new_head": PALETTE[4],
     "blind": PALETTE[5],
 }
 SMALLEST_SIDE = 480

@@ -40,9 +40,12 @@ def assemble(
     grounding: str,
     prompter_config: ClocPrompterConfig | None = None,
     grounding_config: ClocPrompterConfig | None = None,
+    grounding_init: str = "encoder",
     **llava: Any,
 ) -> Any:
     """Build the model of ``ClocMllmForConditionalGeneration.from_parts``, where the arguments are described."""
+    if grounding_init not in ("encoder", "new"):
+        raise ValueError(f"grounding_init is {grounding_init!r}, not one of encoder, new")
     ids = control_ids(tokenizer)
     config = ClocMllmConfig(
         vision_config=copy.deepcopy(encoder.config.vision_config),
@@ -60,7 +63,9 @@ def assemble(
     model = model_class(config).to(device=llm.device, dtype=llm.dtype).eval()
     model.model.vision_tower.load_state_dict(encoder.vision_model.state_dict())
     _copy_language_model(model, llm)
-    _copy_encoder_parts(model.model, encoder)
+    _copy_region_encoder(model.model, encoder)
+    if grounding_init == "encoder":
+        _copy_grounding_head(model.model, encoder)
     _check_same_logits(model, llm)
     _extend_vocabulary(model, tokenizer, ids)
     model.generation_config = _generation_config(model, llm, tokenizer, ids)
@@ -121,14 +126,19 @@ def _copy_language_model(model: Any, llm: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _copy_encoder_parts(model: Any, encoder: ClocModel) -> None:
-    """Start the region encoder and the grounding head from the encoder's Prompter and BoxHead, where they fit."""
+def _copy_region_encoder(model: Any, encoder: ClocModel) -> None:
+    """Start the region encoder from the encoder's Prompter, where it fits."""
     own = encoder.config.prompter_config
-    if own is None or encoder.prompter is None:
-        return
-    if model.prompter is not None and _same(model.config.prompter_config, own):
+    if encoder.prompter is not None and model.prompter is not None and _same(model.config.prompter_config, own):
         _load_part(model.prompter, encoder.prompter)
-    if model.grounding_head is not None and encoder.box_head is not None and _same(model.config.grounding_config, own):
+
+
+def _copy_grounding_head(model: Any, encoder: ClocModel) -> None:
+    """Start the grounding head from the encoder's Prompter and BoxHead, where they fit."""
+    own = encoder.config.prompter_config
+    if encoder.prompter is None or encoder.box_head is None or model.grounding_head is None:
+        return
+    if _same(model.config.grounding_config, own):
         _load_part(model.grounding_head.localizer, encoder.prompter)
         model.grounding_head.box_head.load_state_dict(encoder.box_head.state_dict())
 

@@ -33,10 +33,10 @@ class GridSearch:
     steps: int = 12
     scales: tuple[float, ...] = (0.25, 0.35, 0.45)
     aspects: tuple[float, ...] = (1.0,)
-    top: int = 32
+    top: int = 128
     refine_steps: int = 3
-    refine_span: float = 0.06
-    min_iou: float = 0.3
+    refine_span: float = 0.04
+    min_iou: float = 0.1
 
     def boxes(self, content: torch.Tensor | None = None) -> torch.Tensor:
         """The first pass's boxes: ``(K, 4)`` xyxy, normalised.

@@ -379,6 +379,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         projector_hidden_act: str = "gelu",
         prompter_config: ClocPrompterConfig | None = None,
         grounding_config: ClocPrompterConfig | None = None,
+        grounding_init: str = "encoder",
     ) -> ClocMllmForConditionalGeneration:
         """Put an encoder and a language model together; both are copied, and the connectors are new.
 
@@ -388,20 +389,23 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             tokenizer: The processor's tokenizer, control tokens included.
             region_encoder: ``prompter``, ``roi_align`` or ``none``. Weights come from the encoder if it has that kind
                 of region encoder; otherwise they are new.
-            grounding: ``head`` or ``text``. The head starts from the encoder's Prompter and BoxHead if it has them.
+            grounding: ``head`` or ``text``.
             vision_feature_layer: Layer(s) of the tower the language model sees (LLaVA: the last but one). The Prompter
                 and the head always read the last.
             vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
             projector_hidden_act: Activation of LLaVA's projector.
             prompter_config: The region encoder, where the encoder has none of that kind.
             grounding_config: The head's Prompter and BoxHead, where they should differ from the encoder's.
+            grounding_init: ``encoder``: the head starts from the encoder's Prompter and BoxHead if it has them and
+                they fit; ``new``: untrained in any case.
 
         Returns:
             The model in evaluation mode and in the language model's dtype, with new rows in the embeddings for the
             control tokens, and a generation configuration that never emits ``<image>`` or ``<region>``.
 
         Raises:
-            ValueError: If the tokenizer lacks the control tokens or the language model's head is of another form.
+            ValueError: If the tokenizer lacks the control tokens, the language model's head is of another form, or
+                ``grounding_init`` is neither.
         """
         return assemble(
             cls,
@@ -415,6 +419,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             projector_hidden_act=projector_hidden_act,
             prompter_config=prompter_config,
             grounding_config=grounding_config,
+            grounding_init=grounding_init,
         )
 
     def get_image_features(  # type: ignore[override]

@@ -160,6 +160,7 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
             grounding=options.grounding,
             vision_feature_layer=options.vision_layer,
             grounding_config=_grounding_config(options, encoder),
+            grounding_init=options.grounding_init,
         )
     except ValueError as error:
         raise ClocError(f"encoder and LLM do not go together: {error}", file=options.encoder) from error

@@ -234,6 +234,9 @@ class MllmModelOptions(Block):
     grounding_head: PrompterOptions | None = option(
         None, "its Prompter; null: as the encoder's, or the paper's default"
     )
+    grounding_init: Literal["encoder", "new"] = option(
+        "encoder", "what the head starts from: the encoder's BoxHead where it fits, or nothing"
+    )
     box_format: Literal["norm1000", "norm1", "pixel"] = option("norm1000", "coordinates in text")
     blind: bool = option(False, "control: the tower's patch weights are zeroed for good, so no image gets through")
 

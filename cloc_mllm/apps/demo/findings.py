@@ -32,6 +32,7 @@ CONTROLS = {
     "clip_captions": "CLIP that sees the same region texts as extra captions",
     "clip_roi": "CLIP with a region token pooled from its patches",
     "cloc": "CLOC's tower without a region token",
+    "cloc_new_head": "CLOC's tower and a grounding head that starts untrained, as CLIP's does",
     "blind": "an LLM that sees no image",
 }
 
@@ -93,7 +94,7 @@ def findings(report: Mapping[str, Any]) -> list[dict[str, str]]:
     for metric, meaning in MLLM_METRICS.items():
         found += _against_clip(mllms, OURS_MLLM, metric, meaning)
     found += _controls(encoders, OURS_ENCODER, ("clip_captions",), ENCODER_METRICS)
-    found += _controls(mllms, OURS_MLLM, ("clip_roi", "cloc", "blind"), MLLM_METRICS)
+    found += _controls(mllms, OURS_MLLM, ("clip_roi", "cloc", "cloc_new_head", "blind"), MLLM_METRICS)
     return found + _below_majority(mllms, report["baselines"]["mllm"])
 
 

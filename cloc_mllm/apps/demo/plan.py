@@ -108,6 +108,12 @@ _MLLMS = {
         MllmPlan("clip_roi", "CLIP's tower, a pooled region token", "clip", ("model.region_encoder=roi_align",)),
         MllmPlan("cloc", "CLOC's tower, boxes as coordinates", "cloc", _COORDINATES),
         MllmPlan("cloc_prompter", "CLOC's tower, Prompter region token", "cloc", ("model.region_encoder=prompter",)),
+        MllmPlan(
+            "cloc_new_head",
+            "as cloc_prompter, its grounding head untrained at the start, as CLIP's is",
+            "cloc",
+            ("model.region_encoder=prompter", "model.grounding_init=new"),
+        ),
     )
 }
 
@@ -120,8 +126,9 @@ _SHARED_LIMITS = (
 _QUICK_LIMITS = (
     "One seed: the intervals are over test images only. Left to `--preset reproduce`: three seeds, the full "
     "vocabulary, and the controls clip_captions (CLIP that sees the same region texts), clip_roi (CLIP with a region "
-    "token), cloc without a region token, and blind. Until they are run, part of what separates cloc from clip here "
-    "may be the labels it sees.",
+    "token), cloc without a region token, cloc_new_head (CLOC's tower, its grounding head as untrained as CLIP's) and "
+    "blind. Until they are run, part of what separates cloc from clip here may be the labels it sees, and the start "
+    "that pre-training gives its grounding head.",
     *_SHARED_LIMITS,
 )
 

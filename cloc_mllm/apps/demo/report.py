@@ -200,7 +200,7 @@ def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             add("grounding_zeroshot_acc50", "40 % and 3 × clip", zero_shot, max(0.4, 3 * best))
         else:
             add(f"region_top1 against {other}", f"above {other}", cloc["region_top1"], clip["region_top1"])
-    for other in ("clip", "clip_roi", "cloc", "blind"):
+    for other in ("clip", "clip_roi", "blind"):
         pair = _both(mllms, "cloc_prompter", other)
         if pair is None:
             continue

@@ -33,6 +33,7 @@ MLLM = {
     "clip_roi": {"vqa_acc": 0.6, "referring_acc": 0.3, "grounding_acc50": 0.5},
     "cloc": {"vqa_acc": 0.6, "referring_acc": 0.2, "grounding_acc50": 0.6},
     "cloc_prompter": {"vqa_acc": 0.62, "referring_acc": 0.6, "grounding_acc50": 0.7},
+    "cloc_new_head": {"vqa_acc": 0.62, "referring_acc": 0.6, "grounding_acc50": 0.3},
 }
 _FLOOR = {"value": 0.03, "ci95": [0.02, 0.04], "n": 500}
 BASELINES: dict[str, Any] = {
@@ -296,10 +297,10 @@ def test_stages_are_real_commands_in_order(preset: str, tmp_path: Path) -> None:
 def test_reproduce_runs_every_control_over_three_seeds_on_the_same_data(tmp_path: Path) -> None:
     plan = make_plan("reproduce", seed=5)
     stages = {stage.name: stage for stage in build_stages(plan, DemoFiles(tmp_path, programs_folder(), 3))}
-    assert len(stages) == 1 + 3 * (3 + 2 * 5 + 3 + 5)
+    assert len(stages) == 1 + 3 * (3 + 2 * 6 + 3 + 6)
     assert sum(name == "data" for name in stages) == 1
     for seed in (5, 6, 7):
-        for name in ("blind", "clip", "clip_roi", "cloc", "cloc_prompter"):
+        for name in ("blind", "clip", "clip_roi", "cloc", "cloc_prompter", "cloc_new_head"):
             stage = stages[f"seed{seed}/mllm/{name}/align"]
             assert f"run.seed={seed}" in stage.command
             assert stage.after == (f"seed{seed}/encoders/{'cloc' if name.startswith('cloc') else 'clip'}",)
