@@ -67,7 +67,7 @@ class PretrainConfig(_StageConfig):
     def _control_has_no_prompter(self) -> PretrainConfig:
         if self.objective.extra_captions and self.model.prompter is not None:
             raise ValueError("'objective.extra_captions' is the control without a Prompter: set model.prompter=null")
-        _refuse_lora(self.parts, "the encoder")
+        _refuse_adapters(self.parts, "the encoder")
         return self
 
 
@@ -81,8 +81,8 @@ class AlignConfig(_StageConfig):
     parts: MllmParts = block(MllmParts, "what is trained")
 
     @model_validator(mode="after")
-    def _lora_only_on_the_llm(self) -> AlignConfig:
-        _refuse_lora(self.parts, "every part but the llm", but="llm")
+    def _adapters_only_on_the_llm(self) -> AlignConfig:
+        _refuse_adapters(self.parts, "every part but the llm", but="llm")
         return self
 
 
@@ -96,8 +96,8 @@ class InstructConfig(_StageConfig):
     parts: MllmParts = block(MllmParts, "what is trained")
 
     @model_validator(mode="after")
-    def _lora_only_on_the_llm(self) -> InstructConfig:
-        _refuse_lora(self.parts, "every part but the llm", but="llm")
+    def _adapters_only_on_the_llm(self) -> InstructConfig:
+        _refuse_adapters(self.parts, "every part but the llm", but="llm")
         return self
 
 
@@ -301,9 +301,9 @@ def _block_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _refuse_lora(parts: EncoderParts | MllmParts, whom: str, but: str = "") -> None:
-    """LoRA is for the language model: everything else is small or has to move as a whole."""
+def _refuse_adapters(parts: EncoderParts | MllmParts, whom: str, but: str = "") -> None:
+    """LoRA is for the language model: everything else is small or has to move as a whole; tokens only it has."""
     for name in type(parts).model_fields:
         part: PartOptions = getattr(parts, name)
-        if part.mode == "lora" and name != but:
-            raise ValueError(f"'parts.{name}: lora' is not supported for {whom}: use frozen or full")
+        if part.mode in ("lora", "tokens") and name != but:
+            raise ValueError(f"'parts.{name}: {part.mode}' is not supported for {whom}: use frozen or full")

@@ -75,10 +75,13 @@ class OptimOptions(Block):
     max_grad_norm: NonNegative = option(1.0, "gradient clipping; 0: none")
 
 
+PartMode = Literal["frozen", "full", "lora", "tokens"]
+
+
 class PartOptions(Block):
     """What training does to one part of the model. A bare word in YAML is short for `{mode: word}`."""
 
-    mode: Literal["frozen", "full", "lora"] = option("full", "frozen, full or lora")
+    mode: PartMode = option("full", "frozen, full, lora, or tokens: frozen but for the control tokens' embeddings")
     lr: NonNegative | None = option(None, "peak learning rate of this part; null: optim.lr")
     weight_decay: NonNegative | None = option(None, "null: optim.weight_decay")
     rank: Positive = option(16, "lora: rank")
@@ -91,7 +94,7 @@ class PartOptions(Block):
         return {"mode": value} if isinstance(value, str) else value
 
 
-def _part(mode: Literal["frozen", "full", "lora"], description: str) -> Any:
+def _part(mode: PartMode, description: str) -> Any:
     return block(lambda: PartOptions(mode=mode), description)
 
 

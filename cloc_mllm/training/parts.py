@@ -50,7 +50,7 @@ class PartReport:
 
     Attributes:
         name: The part.
-        mode: `frozen`, `full` or `lora`; `absent` if the model has no such part.
+        mode: `frozen`, `full`, `lora` or `tokens`; `absent` if the model has no such part.
         total: Number of its parameters, adapters included.
         trained: How many of them are trained.
         lr: Its peak learning rate; 0 if nothing is trained.
@@ -101,7 +101,7 @@ def apply_parts(
         optim: For the learning rates that `parts` leave open.
 
     Returns:
-        The model (wrapped by peft if a part is `lora`) and a report of every part.
+        The model (wrapped by peft if the LLM is `lora` or `tokens`) and a report of every part.
 
     Raises:
         ClocError: A parameter belongs to no part, or nothing is left to train.
@@ -110,8 +110,8 @@ def apply_parts(
     options = {name: getattr(parts, name) for name in table}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(options[part_of(name, table)].mode == "full")
-    if any(option.mode == "lora" for option in options.values()):
-        model = _add_lora(model, options)
+    if any(option.mode in ("lora", "tokens") for option in options.values()):
+        model = _add_adapters(model, options)
     reports = [_report(model, name, options[name], table, optim) for name in table]
     if not any(report.trained for report in reports):
         raise ClocError("every part is frozen: there is nothing to train", remedy="Set one of `parts` to full or lora.")
@@ -186,11 +186,15 @@ def _report(model: nn.Module, name: str, option: PartOptions, table: PartTable, 
     return PartReport(name, option.mode if mine else "absent", total, trained, lr if trained else 0.0)
 
 
-def _add_lora(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module:
-    """Put adapters on the LLM's linear layers, and keep every fully trained part in the adapter's files too."""
-    from peft import LoraConfig, get_peft_model
+def _add_adapters(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module:
+    """Put adapters on the LLM, and keep every fully trained part in the adapter's files too.
 
-    lora = options["llm"]
+    They are on the embeddings of the control tokens and, with `lora`, on the LLM's linear layers.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    llm = options["llm"]
     full = [
         prefix
         for part, prefixes in MLLM_PARTS.items()
@@ -198,11 +202,13 @@ def _add_lora(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module
         if options[part].mode == "full" and _submodule(model, prefix) is not None
     ]
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        r=llm.rank,
+        lora_alpha=llm.alpha,
+        lora_dropout=llm.dropout,
         # A regular expression on whole names: bare names would also hit the vision tower's layers of the same name.
-        target_modules=rf"model\.language_model\..*\.({'|'.join(LORA_LAYERS)})",
+        target_modules=rf"model\.language_model\..*\.({'|'.join(LORA_LAYERS)})"
+        if llm.mode == "lora"
+        else DUMMY_TARGET_MODULES,  # peft's word for none
         modules_to_save=full or None,
         trainable_token_indices=_new_tokens(model),
     )
@@ -213,7 +219,7 @@ def _add_lora(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
     except ValueError as error:
-        raise ClocError(f"'parts.llm: lora' does not fit this language model: {error}") from error
+        raise ClocError(f"'parts.llm: {llm.mode}' does not fit this language model: {error}") from error
 
 
 def _new_tokens(model: nn.Module) -> dict[str, list[int]] | None:

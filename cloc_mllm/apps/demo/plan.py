@@ -178,7 +178,8 @@ _REAL_LLM_LIMITS = (
 
 
 def with_language_model(plan: DemoPlan, folder: str) -> DemoPlan:
-    """Return a plan with a pre-trained language model: frozen while it is aligned, then tuned with LoRA.
+    """Return a plan with a pre-trained language model: it learns no more than the new tokens while it is aligned, and is
+    then tuned with LoRA.
 
     A step costs some hundred times one of the small model from scratch, so there are few, and one MLLM.
 
@@ -201,7 +202,7 @@ def with_language_model(plan: DemoPlan, folder: str) -> DemoPlan:
         mllms=(_MLLMS["cloc_prompter"],),
         align=TrainingPlan(
             plan.align.config,
-            (*shared, f"run.steps={1 if short else 60}", "parts.llm.mode=frozen", "data.validation_samples=8"),
+            (*shared, f"run.steps={1 if short else 60}", "parts.llm.mode=tokens", "data.validation_samples=8"),
         ),
         instruct=TrainingPlan(
             plan.instruct.config,

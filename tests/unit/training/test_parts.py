@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.assembly_cloc_mllm import control_ids
 from cloc_mllm.training.export import gather_weights, save_weights
 from cloc_mllm.training.mllm import load_mllm
 from cloc_mllm.training.options import EncoderParts, MllmParts, OptimOptions, PartOptions
@@ -24,6 +25,7 @@ from tests.builders import tiny_cloc
 from tests.builders_mllm import grounding_turn, image, region, text, tiny_mllm, user
 
 OPTIM = OptimOptions(lr=1e-3, weight_decay=0.1)
+FED = ("input_ids", "attention_mask", "labels", "pixel_values", "region_boxes", "region_image_index")
 
 
 def lora(**others: str) -> MllmParts:
@@ -108,10 +110,36 @@ def test_lora_reaches_the_language_model_only(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@torch.no_grad()
-def test_the_export_of_an_adapted_model_answers_as_the_adapted_model(tied: bool, tmp_path: Any) -> None:
+def test_tokens_train_nothing_of_the_language_model_but_the_control_tokens(tied: bool) -> None:
     model, processor = tiny_mllm(tied=tied)
-    adapted, _ = apply_parts(model, lora(), OPTIM)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parts = MllmParts.model_validate({"llm": "tokens", "grounding_head": "frozen"})
+    adapted, reports = apply_parts(model, parts, OPTIM)
+    width, matrices = model.config.text_config.hidden_size, 1 if tied else 2
+    assert {report.name: report.trained for report in reports}["llm"] == 3 * width * matrices
+    optimizer = torch.optim.AdamW(parameter_groups(adapted, parts, OPTIM))
+    turns = [user(image(), text("what is "), region(2, 3, 20, 22)), grounding_turn()]
+    adapted(**{k: v for k, v in processor.encode([turns], return_labels=True).items() if k in FED}).loss.backward()
+    optimizer.step()
+    after: Any = adapted.merge_and_unload().state_dict()  # type: ignore[operator]
+    ground = model.config.ground_token_index
+    for name, old in before.items():
+        changed = (after[name] != old).nonzero()
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            rows = set(changed[:, 0].tolist())
+            assert ground in rows
+            assert rows <= set(control_ids(processor.tokenizer).values())
+        elif not name.startswith(("model.multi_modal_projector", "model.region_projector")):
+            assert not len(changed), name
+
+
+@pytest.mark.parametrize("mode", ["lora", "tokens"])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_export_of_an_adapted_model_answers_as_the_adapted_model(mode: str, tied: bool, tmp_path: Any) -> None:
+    model, processor = tiny_mllm(tied=tied)
+    parts = MllmParts.model_validate({"llm": {"mode": mode, "rank": 4}})
+    adapted, _ = apply_parts(model, parts, OPTIM)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -121,7 +149,7 @@ def test_the_export_of_an_adapted_model_answers_as_the_adapted_model(tied: bool,
     expected = adapted.eval()(**batch)
     weights = gather_weights(adapted, None, keep=True)
     save_weights(
-        weights, lambda: apply_parts(type(model)(model.config), lora(), OPTIM)[0], processor, tmp_path, source=model
+        weights, lambda: apply_parts(type(model)(model.config), parts, OPTIM)[0], processor, tmp_path, source=model
     )
     found, _ = load_mllm(tmp_path)
     assert (found.lm_head.weight is found.get_input_embeddings().weight) == tied
