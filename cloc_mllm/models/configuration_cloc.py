@@ -113,6 +113,8 @@ class ClocConfig(PreTrainedConfig):
         logit_scale_init_value: Logarithm of both initial temperatures' inverses. CLIP's value is ln(1/0.07); the
             region temperature is its own parameter (ours, the paper is silent).
         logit_scale_max: Largest logarithm allowed (CLIP: ln 100).
+        logit_bias_init_value: First bias of the logits, for the sigmoid loss (SigLIP: -10), one for images and one for
+            regions; ``None``: the model has none, as the softmax loss needs none.
     """
 
     model_type = "cloc"
@@ -128,6 +130,7 @@ class ClocConfig(PreTrainedConfig):
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
     logit_scale_max: float = 4.6052
+    logit_bias_init_value: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -34,6 +34,8 @@ class ClocOutput(ModelOutput):
         pred_boxes: ``(R, 4)`` float32 boxes that the phrases were localised at, or ``None``.
         logit_scale: ``(1,)`` image-text temperature's inverse, exponentiated and capped.
         region_logit_scale: ``(1,)`` the same for regions, or ``None``.
+        logit_bias: ``(1,)`` added to image-text logits by the sigmoid loss, or ``None``.
+        region_logit_bias: ``(1,)`` the same for regions, or ``None``.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -43,6 +45,8 @@ class ClocOutput(ModelOutput):
     pred_boxes: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
     region_logit_scale: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
+    region_logit_bias: torch.Tensor | None = None
 
 
 class ClocPreTrainedModel(PreTrainedModel):
@@ -73,6 +77,14 @@ class ClocPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.region_logit_scale is not None:
                 nn.init.constant_(module.region_logit_scale, self.config.logit_scale_init_value)
+            for bias in (module.logit_bias, module.region_logit_bias):
+                if bias is not None:
+                    nn.init.constant_(bias, self.config.logit_bias_init_value)
+
+
+def _as_float(bias: torch.Tensor | None) -> torch.Tensor | None:
+    # A new tensor: what a module returns may not be a parameter itself where ZeRO-3 partitions parameters.
+    return None if bias is None else bias.float() * 1.0
 
 
 def build_region_encoder(config: ClocPrompterConfig) -> ClocPrompter | RoiAlignPooler:
@@ -98,8 +110,9 @@ class ClocModel(ClocPreTrainedModel):
 
     Sub-modules: ``vision_model`` and ``visual_projection`` (the tower), ``text_model`` and ``text_projection``,
     ``prompter`` and ``box_head`` (both ``None`` without ``config.prompter_config``), ``logit_scale`` and
-    ``region_logit_scale`` of shape ``(1,)``. The Prompter reads the tower's ``last_hidden_state``: every token, class
-    token included, before pooling, post-norm and projection.
+    ``region_logit_scale`` of shape ``(1,)``, and with ``config.logit_bias_init_value`` a bias beside each. The Prompter
+    reads the tower's ``last_hidden_state``: every token, class token included, before pooling, post-norm and
+    projection.
     """
 
     def __init__(self, config: ClocConfig) -> None:
@@ -112,13 +125,27 @@ class ClocModel(ClocPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init_value))
         self.prompter: ClocPrompter | RoiAlignPooler | None = None
         self.box_head: BoxHead | None = None
-        self.register_parameter("region_logit_scale", None)
+        for name in ("region_logit_scale", "logit_bias", "region_logit_bias"):
+            self.register_parameter(name, None)
         if config.prompter_config is not None:
             self.prompter = build_region_encoder(config.prompter_config)
             self.region_logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init_value))
             if config.prompter_config.kind == "prompter":
                 self.box_head = BoxHead(config.prompter_config)
+        if config.logit_bias_init_value is not None:
+            self.add_logit_biases(config.logit_bias_init_value)
         self.post_init()
+
+    def add_logit_biases(self, value: float) -> None:
+        """Give the model what the sigmoid loss needs, if it was trained without.
+
+        Args:
+            value: First bias (SigLIP: -10).
+        """
+        self.config.logit_bias_init_value = value
+        for name in ("logit_bias", "region_logit_bias"):
+            if getattr(self, name) is None and (name == "logit_bias" or self.prompter is not None):
+                setattr(self, name, nn.Parameter(torch.full_like(self.logit_scale, value)))
 
     @classmethod
     def from_clip(cls, clip: CLIPModel, prompter_config: ClocPrompterConfig | None = None) -> ClocModel:
@@ -345,6 +372,7 @@ class ClocModel(ClocPreTrainedModel):
             image_embeds=functional.normalize(image.pooler_output, dim=-1),
             text_embeds=functional.normalize(texts.pooler_output, dim=-1),
             logit_scale=self._capped(self.logit_scale),
+            logit_bias=_as_float(self.logit_bias),
         )
         if region_input_ids is not None:
             phrases = self.get_text_features(region_input_ids, region_attention_mask).pooler_output
@@ -357,6 +385,7 @@ class ClocModel(ClocPreTrainedModel):
         regions = self.get_region_features(tokens, input_boxes=input_boxes, image_index=box_image_index)
         output.region_embeds = functional.normalize(regions.pooler_output, dim=-1)
         output.region_logit_scale = self._capped(self.region_logit_scale)
+        output.region_logit_bias = _as_float(self.region_logit_bias)
         if self.box_head is not None and region_input_ids is not None:
             output.pred_boxes = self.predict_boxes(tokens, phrases, box_image_index)
         return output

@@ -59,9 +59,9 @@ def gather_with_grad(x: Tensor) -> Tensor:
         raise ValueError("gather_with_grad needs a row dimension, got a 0-dimensional tensor")
     if world_size() == 1:
         return x
-    counts, any_needs_grad = _exchange_row_counts(x)
+    counts, any_needs_grad = exchange_row_counts(x, x.requires_grad)
     if not any_needs_grad:
-        return _gather_rows(x, counts)
+        return gather_rows(x, counts)
     if not x.requires_grad:
         # The other ranks will wait for this one in the backward pass, so this rank's result must be on a graph too.
         x = x.detach().requires_grad_()
@@ -69,9 +69,20 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return gathered
 
 
-def _exchange_row_counts(x: Tensor) -> tuple[list[int], bool]:
-    """Return every rank's number of rows, and whether any rank needs gradient; check that rows are alike."""
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
+def exchange_row_counts(x: Tensor, needs_grad: bool) -> tuple[list[int], bool]:
+    """Tell the ranks of each other's rows; every rank must call this.
+
+    Args:
+        x: ``(n_rank, ...)``.
+        needs_grad: Whether this rank will run a backward pass, if gradients are on.
+
+    Returns:
+        Every rank's number of rows, in rank order, and whether any rank will run a backward pass.
+
+    Raises:
+        ValueError: The ranks' rows differ in size (raised on every rank alike).
+    """
+    needs_grad = torch.is_grad_enabled() and needs_grad
     mine = torch.tensor([len(x), math.prod(x.shape[1:]), int(needs_grad)], dtype=torch.int64, device=x.device)
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)
@@ -81,8 +92,23 @@ def _exchange_row_counts(x: Tensor) -> tuple[list[int], bool]:
     return counts, any(flags)
 
 
-def _gather_rows(x: Tensor, counts: list[int]) -> Tensor:
-    """Gather ragged rows by padding every rank to the longest one: backends gather equal shapes only."""
+def own_slice(counts: list[int]) -> slice:
+    """Return where this rank's rows are among those of all ranks, from every rank's number of rows."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    start = sum(counts[:rank])
+    return slice(start, start + counts[rank])
+
+
+def gather_rows(x: Tensor, counts: list[int]) -> Tensor:
+    """Concatenate the ragged rows of all ranks, without gradient; every rank must call this.
+
+    Args:
+        x: ``(n_rank, ...)``.
+        counts: Every rank's number of rows.
+    """
+    if world_size() == 1:
+        return x.detach()
+    # Padded to the longest rank: backends gather equal shapes only.
     longest = max(counts)
     if longest == 0:
         return torch.empty_like(x)
@@ -99,7 +125,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
-        return _gather_rows(x, counts)
+        return gather_rows(x, counts)
 
     @staticmethod
     @once_differentiable
@@ -108,6 +134,4 @@ class _GatherRows(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)
         if len(total):
             dist.all_reduce(total)
-        rank = dist.get_rank()
-        start = sum(ctx.counts[:rank])
-        return total[start : start + ctx.counts[rank]], None
+        return total[own_slice(ctx.counts)], None

@@ -70,6 +70,15 @@ class PretrainConfig(_StageConfig):
         _refuse_adapters(self.parts, "the encoder")
         return self
 
+    @model_validator(mode="after")
+    def _biases_go_with_the_sigmoid_loss(self) -> PretrainConfig:
+        if (self.objective.contrast == "sigmoid") != (self.model.logit_bias_init is not None):
+            raise ValueError(
+                "'objective.contrast: sigmoid' and 'model.logit_bias_init' (SigLIP: -10) go together: the sigmoid loss "
+                "needs a bias, and the softmax loss would leave one untrained"
+            )
+        return self
+
 
 class AlignConfig(_StageConfig):
     """Configuration of `train/align.py`."""

@@ -36,9 +36,11 @@ def build_encoder(config: PretrainConfig, world: launch.World) -> tuple[ClocMode
     """
     kind, _, path = config.model.init.partition(":")
     if kind == "cloc":
-        return load_encoder(path, want_prompter=config.model.prompter is not None)
+        model, processor = load_encoder(path, want_prompter=config.model.prompter is not None)
+        return _with_biases(model, config), processor
     if kind == "clip":
-        return _from_clip(path, config)
+        model, processor = _from_clip(path, config)
+        return _with_biases(model, config), processor
     tokenizer = build_tokenizer(
         config.tokenizer,
         lambda: train_text_tokenizer(corpus(config.tokenizer.corpus or config.data.train), config.tokenizer),
@@ -92,6 +94,7 @@ def encoder_config(
         projection_dim=options.projection_dim,
         logit_scale_init_value=math.log(options.logit_scale_init),
         logit_scale_max=math.log(options.logit_scale_max),
+        logit_bias_init_value=options.logit_bias_init,
     )
 
 
@@ -189,6 +192,24 @@ def require_complete(info: dict[str, Any], path: str | Path) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ClocError(f"{words}: {', '.join(names[:3])}{more}", file=path)
+
+
+def _with_biases(model: ClocModel, config: PretrainConfig) -> ClocModel:
+    """Give a finished encoder the biases of the sigmoid loss, if it is to be trained with that and has none.
+
+    Raises:
+        ClocError: It has them, and they would be left untrained.
+    """
+    first = config.model.logit_bias_init
+    if first is not None and model.logit_bias is None:
+        model.add_logit_biases(first)
+    if first is None and model.logit_bias is not None:
+        raise ClocError(
+            "this encoder was trained with the sigmoid loss and has biases that the softmax loss would not train",
+            file=config.model.init.partition(":")[2],
+            remedy="Set objective.contrast=sigmoid model.logit_bias_init=-10.",
+        )
+    return model
 
 
 def _from_clip(path: str, config: PretrainConfig) -> tuple[ClocModel, ClocProcessor]:

@@ -106,6 +106,7 @@ class EncoderParts(Block):
     prompter: PartOptions = _part("full", "Prompter, if the model has one")
     box_head: PartOptions = _part("full", "BoxHead, if the model has one")
     temperatures: PartOptions = _part("full", "logit scales; never decayed")
+    biases: PartOptions = _part("full", "logit biases of the sigmoid loss, if the model has them")
 
 
 class MllmParts(Block):
@@ -161,6 +162,9 @@ class EncoderModelOptions(Block):
     prompter: PrompterOptions | None = block(PrompterOptions, "null: a plain CLIP")
     logit_scale_init: Annotated[float, Field(gt=0)] = option(1 / 0.07, "initial multiplier of the cosines")
     logit_scale_max: Annotated[float, Field(gt=0)] = option(100.0, "largest multiplier allowed")
+    logit_bias_init: float | None = option(
+        None, "first bias of the logits (SigLIP: -10); null without the sigmoid loss"
+    )
 
     @field_validator("init")
     @classmethod
@@ -204,6 +208,9 @@ class PretrainObjective(Block):
     grounding_loss: Literal["mse", "l1_giou"] = option("mse", "mse: the paper's; l1_giou: DETR's")
     filter_threshold: Fraction | None = option(0.9, "text filter's cosine (paper: 0.9); null: off")
     extra_captions: bool = option(False, "control without Prompter: region texts as extra captions")
+    contrast: Literal["softmax", "sigmoid"] = option("softmax", "softmax: CLIP's; sigmoid: SigLIP's")
+    loss_impl: Literal["plain", "tiled"] = option("plain", "plain: the reference; tiled: memory linear in the batch")
+    tile_size: Positive = option(2048, "tiled: rows and columns of a tile")
 
 
 class ScratchLlmOptions(Block):

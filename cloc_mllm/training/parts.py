@@ -26,6 +26,7 @@ ENCODER_PARTS: PartTable = {
     "prompter": ("prompter",),
     "box_head": ("box_head",),
     "temperatures": ("logit_scale", "region_logit_scale"),
+    "biases": ("logit_bias", "region_logit_bias"),
 }
 MLLM_PARTS: PartTable = {
     "vision_tower": ("model.vision_tower",),

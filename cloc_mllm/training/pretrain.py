@@ -17,7 +17,14 @@ from torch import nn
 from torch.utils.data import Subset
 
 from cloc_mllm.data.dataset import RegionTextDataset
-from cloc_mllm.objectives import clip_loss, gather_with_grad, grounding_loss, region_share, region_text_loss
+from cloc_mllm.objectives import (
+    gather_with_grad,
+    grounding_loss,
+    region_share,
+    region_text_loss,
+    region_text_sigmoid_loss,
+    share_filtered,
+)
 from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.trainer import ClocTrainer
@@ -53,7 +60,7 @@ class PretrainTrainer(ClocTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the objective from one forward pass; see the module's docstring."""
         output: Any = model(**{key: inputs[key] for key in MODEL_INPUTS if key in inputs})
-        image_text = clip_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+        image_text = self._contrast(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias)
         scalars = {"loss_clip": image_text, "scale": output.logit_scale}
         if not model.training:
             self._validated.append((output.image_embeds.detach(), output.text_embeds.detach()))
@@ -71,10 +78,12 @@ class PretrainTrainer(ClocTrainer):
         valid = inputs["region_valid"]
         texts = output.region_text_embeds[valid]
         threshold = self.objective.filter_threshold
-        region = region_text_loss(output.region_embeds[valid], texts, output.region_logit_scale, threshold)
+        region = self._contrast(
+            output.region_embeds[valid], texts, output.region_logit_scale, output.region_logit_bias, threshold
+        )
         scalars = {"loss_region": region, "scale_region": output.region_logit_scale}
         if threshold is not None:
-            scalars["filtered"] = _share_filtered(texts, threshold)
+            scalars["filtered"] = share_filtered(texts, threshold, tile_size=self.objective.tile_size)
         if output.pred_boxes is None or self.objective.grounding_weight == 0:
             return region, scalars
         # A phrase that fits two regions of its image has no one box.
@@ -96,14 +105,30 @@ class PretrainTrainer(ClocTrainer):
         for number in range(self.max_regions):
             chosen = valid & (draw == number)
             count = all_reduce_sum(chosen.sum().float())
-            loss = region_text_loss(
+            loss = self._contrast(
                 output.image_embeds[images[chosen]],
                 output.region_text_embeds[chosen],
                 output.logit_scale,
+                output.logit_bias,
                 self.objective.filter_threshold,
             )
             total, rows = total + count * loss, rows + count
         return total / rows.clamp(min=1)
+
+    def _contrast(
+        self,
+        rows: torch.Tensor,
+        texts: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        threshold: float | None = None,
+    ) -> torch.Tensor:
+        """Contrast images or regions with their texts as the preset says; without a threshold nothing is filtered."""
+        form: dict[str, Any] = {"impl": self.objective.loss_impl, "tile_size": self.objective.tile_size}
+        if self.objective.contrast == "softmax":
+            return region_text_loss(rows, texts, scale, threshold, **form)
+        assert bias is not None  # `PretrainConfig` has seen to it
+        return region_text_sigmoid_loss(rows, texts, scale, bias, threshold, **form)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add image-text retrieval over the validation samples."""
@@ -145,12 +170,3 @@ def _rank_within_image(images: torch.Tensor) -> torch.Tensor:
     """Return for each region how many regions of the same image come before it; images come one after the other."""
     first = torch.searchsorted(images.contiguous(), images.contiguous())
     return torch.arange(len(images), device=images.device) - first
-
-
-@torch.no_grad()
-def _share_filtered(texts: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return the share of this process's negative pairs that the text filter leaves out."""
-    count = len(texts)
-    unit = nn.functional.normalize(texts.float(), dim=1)
-    hits = (unit @ unit.T > threshold).sum() - count
-    return hits.float().clamp(min=0) / max(count * (count - 1), 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cloc_mllm.objectives import clip_loss, gather_with_grad, grounding_loss, region_share, region_text_loss
+from cloc_mllm.objectives import (
+    clip_loss,
+    gather_with_grad,
+    grounding_loss,
+    region_share,
+    region_text_loss,
+    region_text_sigmoid_loss,
+    sigmoid_loss,
+)
 from cloc_mllm.objectives.distributed import all_reduce_sum, world_size
 from tests.harness import run_ranks
 
@@ -60,6 +68,7 @@ class Towers(nn.Module):
         self.box = nn.Linear(WIDTH, 4)
         self.logit_scale = nn.Parameter(torch.tensor([2.0]))
         self.region_logit_scale = nn.Parameter(torch.tensor([1.5]))
+        self.logit_bias = nn.Parameter(torch.tensor([-1.0]))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -70,6 +79,7 @@ class Towers(nn.Module):
             "pred_boxes": self.box(batch["region_texts"]).sigmoid(),
             "logit_scale": self.logit_scale.exp(),
             "region_logit_scale": self.region_logit_scale.exp(),
+            "logit_bias": self.logit_bias,
         }
 
 
@@ -102,21 +112,42 @@ def part_of_rank(batch: dict[str, Tensor], split: Split, rank: int) -> dict[str,
     }
 
 
+TILED: dict[str, Any] = {"impl": "tiled", "tile_size": 2}  # smaller than what a rank holds
+
+
+def _clip(out: dict[str, Tensor], batch: dict[str, Tensor], **form: Any) -> Tensor:
+    return clip_loss(out["images"], out["captions"], out["logit_scale"], **form)
+
+
+def _region_text(out: dict[str, Tensor], batch: dict[str, Tensor], **form: Any) -> Tensor:
+    return region_text_loss(out["regions"], out["region_texts"], out["region_logit_scale"], **form)
+
+
+def _sigmoid(out: dict[str, Tensor], batch: dict[str, Tensor], **form: Any) -> Tensor:
+    return sigmoid_loss(out["images"], out["captions"], out["logit_scale"], out["logit_bias"], **form)
+
+
+def _region_sigmoid(out: dict[str, Tensor], batch: dict[str, Tensor], **form: Any) -> Tensor:
+    scale, bias = out["region_logit_scale"], out["logit_bias"]
+    return region_text_sigmoid_loss(out["regions"], out["region_texts"], scale, bias, **form)
+
+
 LOSSES: dict[str, Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]] = {
-    "clip": lambda out, batch: clip_loss(out["images"], out["captions"], out["logit_scale"]),
-    "region_text": lambda out, batch: region_text_loss(out["regions"], out["region_texts"], out["region_logit_scale"]),
-    "region_text_unfiltered": lambda out, batch: region_text_loss(
-        out["regions"], out["region_texts"], out["region_logit_scale"], filter_threshold=None
-    ),
+    "clip": _clip,
+    "clip_tiled": partial(_clip, **TILED),
+    "region_text": _region_text,
+    "region_text_tiled": partial(_region_text, **TILED),
+    "region_text_unfiltered": partial(_region_text, filter_threshold=None),
+    "sigmoid": _sigmoid,
+    "sigmoid_tiled": partial(_sigmoid, **TILED),
+    "region_sigmoid": _region_sigmoid,
+    "region_sigmoid_tiled": partial(_region_sigmoid, **TILED),
     "grounding_mse": lambda out, batch: grounding_loss(out["pred_boxes"], batch["boxes"]),
     "grounding_l1_giou": lambda out, batch: grounding_loss(out["pred_boxes"], batch["boxes"], kind="l1_giou"),
     "total": lambda out, batch: (
-        clip_loss(out["images"], out["captions"], out["logit_scale"])
+        _clip(out, batch)
         + region_share(batch["has_regions"])
-        * (
-            region_text_loss(out["regions"], out["region_texts"], out["region_logit_scale"])
-            + grounding_loss(out["pred_boxes"], batch["boxes"])
-        )
+        * (_region_text(out, batch) + grounding_loss(out["pred_boxes"], batch["boxes"]))
     ),
 }
 
@@ -159,9 +190,9 @@ def outcomes(ranks: int) -> list[dict[tuple[Any, ...], Outcome]]:
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"images{split.images}-regions{split.regions}")
 def test_equals_one_process_on_the_joined_batch(split: Split, dtype: torch.dtype, name: str) -> None:
-    expected, expected_gradients = value_and_gradients(
-        name.removesuffix(" under DDP"), joined_batch(split, dtype), dtype
-    )
+    # Of the plain form: that is what the tiled one has to equal too.
+    plain = name.removesuffix(" under DDP").removesuffix("_tiled")
+    expected, expected_gradients = value_and_gradients(plain, joined_batch(split, dtype), dtype)
     for on_rank in outcomes(len(split.images)):
         value, gradients = on_rank[split, dtype, name]
         assert value == pytest.approx(expected, rel=TOLERANCE[dtype], abs=0)
@@ -190,7 +221,12 @@ def test_the_cases_can_tell_right_from_wrong() -> None:
     unfiltered, _ = value_and_gradients("region_text_unfiltered", batch, torch.float64)
     assert abs(filtered - unfiltered) > 0.1
     _, all_gradients = value_and_gradients("total", batch, torch.float64)
+    assert all_gradients.pop("logit_bias") is None
     assert all(gradient is not None and gradient.abs().max() > 1e-4 for gradient in all_gradients.values())
+    for name in ("sigmoid", "region_sigmoid"):
+        _, with_bias = value_and_gradients(name, batch, torch.float64)
+        assert with_bias["logit_bias"] is not None
+        assert with_bias["logit_bias"].abs() > 1e-4
     assert gradients["image.weight"] is None
 
 
@@ -225,6 +261,11 @@ def gathers_on_rank(rank: int) -> dict[str, Any]:
     except ValueError as error:
         found["error"] = str(error)
 
+    # Likewise in the tiled form, where rank 1's constants meet rank 0's rows.
+    half = F.normalize(torch.tensor([[1.0, 2.0 + rank], [3.0, 1.0]]), dim=1).requires_grad_(rank == 0)
+    clip_loss(half, half.detach().flip(0), 5.0, **TILED).backward()
+    found["tiled gradient beside constants"] = half.grad
+
     found["share"] = region_share(torch.tensor([[True, False, True], [False]][rank]))
     found["share of none"] = region_share(torch.zeros(0, dtype=torch.bool))
     counts = torch.tensor([rank + 1.0], requires_grad=True)
@@ -257,6 +298,12 @@ def test_a_rank_of_constants_neither_hangs_nor_bends_the_gradient() -> None:
     first, second = gathers()
     assert first["gradient beside constants"].tolist() == [[4.0, 4.0]]
     assert second["gradient beside constants"] is None
+    rows = [F.normalize(torch.tensor([[1.0, 2.0 + rank], [3.0, 1.0]]), dim=1) for rank in (0, 1)]
+    leaf = rows[0].clone().requires_grad_()
+    clip_loss(torch.cat([leaf, rows[1]]), torch.cat([row.flip(0) for row in rows]), 5.0).backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(first["tiled gradient beside constants"], 2 * leaf.grad)
+    assert second["tiled gradient beside constants"] is None
     assert not any(found["constants need gradient"] or found["no_grad needs gradient"] for found in (first, second))
 
 

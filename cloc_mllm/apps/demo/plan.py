@@ -178,8 +178,7 @@ _REAL_LLM_LIMITS = (
 
 
 def with_language_model(plan: DemoPlan, folder: str) -> DemoPlan:
-    """Return a plan with a pre-trained language model: it learns no more than the new tokens while it is aligned, and is
-    then tuned with LoRA.
+    """Return a plan with a pre-trained language model, aligned with only its new tokens trained, then tuned with LoRA.
 
     A step costs some hundred times one of the small model from scratch, so there are few, and one MLLM.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from cloc_mllm.objectives import clip_loss, region_text_loss
+from cloc_mllm.objectives import clip_loss, region_text_loss, region_text_sigmoid_loss, sigmoid_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor | float], Tensor]
+BIAS = -1.5
+ALL_LOSSES: list[Loss] = [
+    partial(loss, impl=impl)
+    for impl in ("plain", "tiled")
+    for loss in (
+        clip_loss,
+        region_text_loss,
+        partial(sigmoid_loss, logit_bias=BIAS),
+        partial(region_text_sigmoid_loss, logit_bias=BIAS),
+    )
+]
 
 
 def unit_rows(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -161,7 +173,7 @@ def test_the_scale_may_be_a_number_or_any_tensor_of_one_element(scale: float | T
     assert clip_loss(images, texts, scale).shape == ()
 
 
-@pytest.mark.parametrize("loss", [clip_loss, region_text_loss])
+@pytest.mark.parametrize("loss", ALL_LOSSES)
 def test_no_rows_cost_nothing_and_keep_the_graph(loss: Loss) -> None:
     left, right = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4, requires_grad=True)
     scale = torch.tensor([3.0], requires_grad=True)
@@ -193,7 +205,7 @@ def test_large_scales_stay_finite() -> None:
         (torch.ones(3, 4), torch.ones(3, 4), torch.ones(2)),
     ],
 )
-@pytest.mark.parametrize("loss", [clip_loss, region_text_loss])
+@pytest.mark.parametrize("loss", ALL_LOSSES)
 def test_wrong_shapes_are_refused(loss: Loss, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
     with pytest.raises(ValueError, match=r"got (shape )?\("):
         loss(left, right, scale)

@@ -12,7 +12,13 @@ import torch
 from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
 from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.models.modeling_cloc import ClocOutput
-from cloc_mllm.objectives import clip_loss, grounding_loss, region_text_loss
+from cloc_mllm.objectives import (
+    clip_loss,
+    grounding_loss,
+    region_text_loss,
+    region_text_sigmoid_loss,
+    sigmoid_loss,
+)
 from cloc_mllm.training.mllm import AlignConversations, blind, first_sample_report
 from cloc_mllm.training.options import AlignDataOptions, MllmObjective, PretrainObjective
 from cloc_mllm.training.phrases import PhraseEmbedder
@@ -52,6 +58,36 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(samples: list[dict[str, 
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(scalars["lambda"], 0.7 * share)
     assert {"loss_clip", "loss_region", "loss_grounding", "scale", "scale_region", "filtered"} <= set(scalars)
+
+
+@pytest.mark.parametrize("impl", ["plain", "tiled"])
+def test_the_sigmoid_loss_takes_the_place_of_both_softmax_losses(impl: str, samples: list[dict[str, Any]]) -> None:
+    model, processor = tiny_cloc()
+    model.add_logit_biases(-3.0)
+    batch = RegionTextCollator(processor)(samples)
+    trainer = pretrainer(contrast="sigmoid", loss_impl=impl, tile_size=3, grounding_weight=0.0, filter_threshold=0.8)
+    loss, _ = trainer.losses(model.train(), batch, None)
+    out: Any = model(**{key: batch[key] for key in MODEL_INPUTS})
+    expected = sigmoid_loss(out.image_embeds, out.text_embeds, out.logit_scale, -3.0)
+    expected = expected + batch["has_regions"].float().mean() * region_text_sigmoid_loss(
+        out.region_embeds, out.region_text_embeds, out.region_logit_scale, -3.0, 0.8
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for bias in (model.logit_bias, model.region_logit_bias):
+        assert bias is not None
+        assert bias.grad is not None
+        assert float(bias.grad.abs()) > 0
+
+
+def test_tiles_change_nothing_in_a_step(samples: list[dict[str, Any]]) -> None:
+    model, processor = tiny_cloc()
+    batch = RegionTextCollator(processor)(samples)
+    plain, scalars = pretrainer(filter_threshold=0.8).losses(model.train(), batch, None)
+    tiled, others = pretrainer(filter_threshold=0.8, loss_impl="tiled", tile_size=3).losses(model, batch, None)
+    torch.testing.assert_close(tiled, plain)
+    assert scalars.keys() == others.keys()
+    torch.testing.assert_close(others["filtered"], scalars["filtered"])
 
 
 def test_a_batch_without_any_region_trains_on_captions_alone(samples: list[dict[str, Any]]) -> None:
