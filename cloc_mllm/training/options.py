@@ -210,6 +210,7 @@ class PretrainObjective(Block):
     extra_captions: bool = option(False, "control without Prompter: region texts as extra captions")
     contrast: Literal["softmax", "sigmoid"] = option("softmax", "softmax: CLIP's; sigmoid: SigLIP's")
     loss_impl: Literal["plain", "tiled"] = option("plain", "plain: the reference; tiled: memory linear in the batch")
+    grad_cache: bool = option(True, "contrast all micro-batches of a step, at one more forward pass; else each alone")
     tile_size: Positive = option(2048, "tiled: rows and columns of a tile")
 
 

@@ -10,6 +10,7 @@ Source: Chen et al., "Contrastive Localized Language-Image Pre-Training" (arXiv 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from cloc_mllm.objectives import (
 )
 from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training.config import PretrainConfig
+from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
 from cloc_mllm.training.trainer import ClocTrainer
 
 MODEL_INPUTS = (
@@ -44,7 +46,8 @@ MODEL_INPUTS = (
 class PretrainTrainer(ClocTrainer):
     """Trains `ClocModel` on region-text data."""
 
-    # The losses are means over the global batch of one micro-step, so accumulation has to average them.
+    # Without the gradient cache the losses are means over one micro-step, so accumulation has to average them; with it
+    # every micro-step is given the loss of the whole step.
     loss_is_scaled_for_ga = False
 
     def __init__(self, config: PretrainConfig, *args: Any, model: Any, **kwargs: Any) -> None:
@@ -53,17 +56,32 @@ class PretrainTrainer(ClocTrainer):
         # CLIP's bounds: multipliers from 1 to the cap.
         self.clamped_parts = (("temperatures", 0.0, model.config.logit_scale_max),)
         self._validated: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._replays: list[Replay] = []
         super().__init__(config, *args, model=model, **kwargs)
 
     def losses(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the objective from one forward pass; see the module's docstring."""
-        output: Any = model(**{key: inputs[key] for key in MODEL_INPUTS if key in inputs})
-        image_text = self._contrast(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias)
-        scalars = {"loss_clip": image_text, "scale": output.logit_scale}
+        """Compute the objective; see the module's docstring."""
+        if model.training and self._replays:
+            return self._replayed(model, inputs)
+        output = _embed(model, inputs)
         if not model.training:
             self._validated.append((output.image_embeds.detach(), output.text_embeds.detach()))
+        return self.objective_of(output, inputs)
+
+    def objective_of(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the objective from the model's output.
+
+        Args:
+            output: A `ClocOutput`.
+            inputs: What it is of; of a whole step's micro-batches together, if the step is done in two passes.
+
+        Returns:
+            The loss and the figures to log.
+        """
+        image_text = self._contrast(output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias)
+        scalars = {"loss_clip": image_text, "scale": output.logit_scale}
         if "has_regions" not in inputs:
             return image_text, scalars
         weight = self.objective.region_weight * region_share(inputs["has_regions"])
@@ -73,7 +91,7 @@ class PretrainTrainer(ClocTrainer):
         region, more = self._region_terms(output, inputs)
         return image_text + weight * region, scalars | more | {"lambda": weight}
 
-    def _region_terms(self, output: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _region_terms(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return L_region + grounding_weight * L_grounding."""
         valid = inputs["region_valid"]
         texts = output.region_text_embeds[valid]
@@ -93,7 +111,7 @@ class PretrainTrainer(ClocTrainer):
         )
         return region + self.objective.grounding_weight * ground, scalars | {"loss_grounding": ground}
 
-    def _extra_caption_loss(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def _extra_caption_loss(self, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Contrast whole images with one of their region texts each, once a region that an image may have.
 
         Two regions of one image never meet in a draw: their common image would be the other's negative. The mean is
@@ -130,6 +148,28 @@ class PretrainTrainer(ClocTrainer):
         assert bias is not None  # `PretrainConfig` has seen to it
         return region_text_sigmoid_loss(rows, texts, scale, bias, threshold, **form)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch a step's micro-batches, and contrast them with each other if there are several."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if len(batches) > 1 and self.objective.grad_cache:
+            model = self.model_wrapped.train()
+            with self.compute_loss_context_manager():
+                # One micro-batch at a time is moved to the device: a step's pictures need not fit there together.
+                self._replays = plan_replays(
+                    lambda inputs: _embed(model, self._prepare_inputs(dict(inputs))),
+                    batches,
+                    lambda output, inputs: self.objective_of(output, self._prepare_inputs(dict(inputs))),
+                )
+        return batches, items
+
+    def _replayed(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Do the second pass of the next micro-batch."""
+        replay = self._replays.pop(0)
+        with torch.random.fork_rng():
+            restore_random_state(replay.random_state)
+            output = _embed(model, inputs)
+        return replay.surrogate(output, self.current_gradient_accumulation_steps), replay.scalars
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add image-text retrieval over the validation samples."""
         self._validated.clear()
@@ -138,6 +178,11 @@ class PretrainTrainer(ClocTrainer):
         output.metrics.update(eval_i2t_r1=recall_at_1(images @ texts.T), eval_t2i_r1=recall_at_1(texts @ images.T))
         self._validated.clear()
         return output
+
+
+def _embed(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run the model on a batch."""
+    return model(**{key: inputs[key] for key in MODEL_INPUTS if key in inputs})
 
 
 def needs_regions(config: PretrainConfig) -> bool:

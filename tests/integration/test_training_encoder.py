@@ -92,6 +92,34 @@ def test_two_processes_at_every_stage_equal_one_plain_process(
         torch.testing.assert_close(value, theirs[name], atol=2e-3, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("world", "zero", "micro"), [(1, "none", 1), (2, "none", 1), (2, "0", 1), (2, "2", 1), (2, "3", 1)]
+)
+def test_micro_batches_contrasted_together_equal_one_batch(
+    world: int, zero: str, micro: int, data: Path, runs: Path, reference: Path, whole_shards: str
+) -> None:
+    stage = whole_shards if zero == "3" else zero
+    run = pretrain(data, runs / f"cache{world}{zero}", world, f"run.zero={stage}", f"run.micro_batch_size={micro}")
+    assert losses(run) == pytest.approx(losses(reference), abs=1e-4)
+
+
+def test_micro_batches_in_bf16_follow_one_batch_in_fp32(data: Path, runs: Path, reference: Path) -> None:
+    run = pretrain(data, runs / "cache_bf16", 2, "run.zero=2", "run.precision=bf16", "run.micro_batch_size=1")
+    assert losses(run)[:4] == pytest.approx(losses(reference)[:4], rel=0.05)
+
+
+def test_tiles_and_the_sigmoid_loss_train_over_processes(data: Path, runs: Path, reference: Path) -> None:
+    tiled = pretrain(data, runs / "tiled", 2, "run.zero=1", "objective.loss_impl=tiled", "objective.tile_size=2")
+    assert losses(tiled) == pytest.approx(losses(reference), abs=1e-4)
+    sigmoid = ("objective.contrast=sigmoid", "model.logit_bias_init=-10", "objective.loss_impl=tiled")
+    one = pretrain(data, runs / "sigmoid1", 1, "run.zero=none", *sigmoid)
+    two = pretrain(data, runs / "sigmoid2", 2, "run.zero=3", *sigmoid)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    model, _ = load_encoder(two / "export")
+    assert model.logit_bias is not None
+    assert float(model.logit_bias.detach()) != -10.0
+
+
 def test_deepspeed_in_a_single_process_equals_plain_torch(data: Path, runs: Path, reference: Path) -> None:
     run = pretrain(data, runs / "alone", 1, "run.zero=1", "run.steps=4", "optim.schedule=constant_with_warmup")
     assert losses(run)[:2] == pytest.approx(losses(reference)[:2], abs=1e-4)

@@ -15,7 +15,7 @@ import pytest
 from cloc_mllm.apps import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("cloc_mllm", "train", "eval", "tests")
+SOURCES = ("cloc_mllm", "train", "eval", "scripts", "tests")
 MAX_LINES = 600
 # Data flows from left to right; a stage may import what is to its left.
 STAGE_ORDER = ("models", "objectives", "data", "labeling", "training", "inference", "evaluation", "apps")

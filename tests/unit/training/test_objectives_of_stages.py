@@ -33,6 +33,7 @@ def pretrainer(**objective: Any) -> Any:
     """The trainer's objective without the trainer around it."""
     bare: Any = PretrainTrainer.__new__(PretrainTrainer)
     bare.objective, bare.max_regions, bare._validated = PretrainObjective(**objective), 3, []
+    bare._replays = []
     return bare
 
 
