@@ -1,4 +1,4 @@
-"""What the programs in `train/` have in common besides their stories: arguments, the run folder, how a run ends."""
+"""What the programs in `train/` have in common: arguments, the run folder, how an MLLM is tuned, how a run ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
 from cloc_mllm.training.checkpoint import checkpoints, choose_checkpoint, require_same_run
-from cloc_mllm.training.config import AnyConfig, write_config
+from cloc_mllm.training.config import AlignConfig, AnyConfig, InstructConfig, load_config, plan_batch, write_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,3 +124,66 @@ def train_and_export(
         }
         Path(run.output, "summary.json").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         print(f"done: {run.output}", flush=True)
+
+
+def tune_mllm(stage: Literal["align", "instruct"], description: str) -> None:
+    """Run a stage of the MLLM from preset to export; the stages differ in their data, which the preset names.
+
+    Args:
+        stage: Which.
+        description: What the program does, for its help.
+
+    Raises:
+        ClocError: The preset, the data or a model is wrong.
+    """
+    # 1. What is asked for. Nothing slow is imported yet, so a misspelt key is reported at once.
+    args = parse_args(description)
+    config = load_config(args.config, args.overrides, stage=stage)
+    assert isinstance(config, (AlignConfig, InstructConfig))
+    plan = plan_batch(config.run.batch_size, config.run.micro_batch_size, launch.world_size_of_environment())
+    zero = launch.resolve_zero(config.run.zero)
+
+    # 2. The processes find each other.
+    world = launch.start(zero, config.run.precision)
+    checkpoint = open_run_folder(config, args.resume, world)
+
+    from cloc_mllm.training import mllm
+    from cloc_mllm.training.parts import apply_parts, describe
+    from cloc_mllm.training.stream import StepStream
+    from cloc_mllm.training.trainer import training_arguments
+    from cloc_mllm.training.tune import TuneTrainer, phrase_embedder
+
+    # 3. The data, in an order that depends on the seed and the position only.
+    dataset = mllm.conversations(config, config.data.train)
+    stream = StepStream(
+        dataset, plan, steps=config.run.steps, epochs=config.run.epochs, seed=config.run.seed, name=config.data.train
+    )
+
+    # 4. The model, whole on every process: an encoder's tower, a language model and new connectors between them, or
+    # what an earlier stage has exported.
+    model, processor = mllm.build_mllm(config, world)
+    trained, reports = apply_parts(model, config.parts, config.optim)
+    if world.is_main:
+        print(f"{plan}, {stream.steps} steps of {len(dataset):,} samples\n{describe(reports)}")
+        print(
+            f"the first sample, what is learnt in ⟦ ⟧:\n{mllm.first_sample_report(processor, dataset[0])}", flush=True
+        )
+
+    # 5. The trainer, and beside it the encoder's text side, whose embeddings teach the grounding head.
+    phrases = phrase_embedder(config, model.config.grounding, world.device)
+    trainer = TuneTrainer(
+        config,
+        world,
+        zero,
+        stream,
+        phrases=phrases,
+        model=trained,
+        args=training_arguments(config, plan, world, zero, stream.steps),
+        data_collator=mllm.conversation_collator(processor, config.data.max_length),
+        eval_dataset=mllm.validation_conversations(config),
+        processor=processor,
+    )
+
+    # 6. Train, then write the weights to use, adapters merged.
+    train_and_export(trainer, checkpoint, lambda: apply_parts(type(model)(model.config), config.parts, config.optim)[0])
+    launch.leave()

@@ -4,7 +4,7 @@
   1003.37 pixels becomes 1004.0 in bf16.
 * Learning rates per part reach the optimiser, and temperatures are clamped in the optimiser's own (fp32, possibly
   sharded) copy: clamping the model's copy would be undone by the next step.
-* A loss that is not finite stops the run and names the samples.
+* A loss that is not finite stops the run, keeps the batch and names its samples.
 * What a checkpoint was made with is compared before anything is resumed from it.
 """
 
@@ -168,10 +168,13 @@ class ClocTrainer(Trainer):
         for name, value in scalars.items():
             store[name].append(value.detach().float().reshape(()))
         if model.training:
-            self._require_finite(loss, scalars)
+            self._require_finite(loss, scalars, inputs)
         return (loss, {}) if return_outputs else loss
 
-    def _require_finite(self, loss: torch.Tensor, scalars: Mapping[str, torch.Tensor]) -> None:
+    def _require_finite(
+        self, loss: torch.Tensor, scalars: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
+    ) -> None:
+        """Stop at a loss that is not finite: keep the batch, name its samples."""
         micro_step = self.state.global_step * self.stream.plan.accumulation + self._micro_step
         self._micro_step = (self._micro_step + 1) % self.stream.plan.accumulation
         if bool(torch.isfinite(loss)):
@@ -180,10 +183,14 @@ class ClocTrainer(Trainer):
         indices = [self.stream.locate(position)[1] for position in positions]
         shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
         parts = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
+        batch = Path(self.args.output_dir) / f"not-finite-step{self.state.global_step + 1}-process{self.world.rank}.pt"
+        torch.save(dict(inputs), batch)
         raise ClocError(
             f"the loss is {float(loss)} at step {self.state.global_step + 1} ({parts}) on process {self.world.rank}",
+            file=batch,
             sample=f"numbers {shown} of the training data",
-            remedy="Lower optim.lr or lengthen optim.warmup; `cloc-mllm data check` finds broken samples.",
+            remedy="The file holds the batch (torch.load). Lower optim.lr or lengthen optim.warmup; "
+            "`cloc-mllm data check` finds broken samples.",
         )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

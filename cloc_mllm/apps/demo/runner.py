@@ -29,7 +29,7 @@ _PROGRAMS = {"pretrain": "pretrain_cloc.py", "align": "align.py", "instruct": "i
 
 
 def run_demo(plan: DemoPlan, out: str | os.PathLike[str], *, fresh: bool = False, progress: Progress) -> Path:
-    """Run what is not done yet and write `report.json` and `report.html`.
+    """Run what is not done yet and write `report.json`, `report.md` and `report.html`.
 
     Args:
         plan: What to do.
@@ -52,12 +52,14 @@ def run_demo(plan: DemoPlan, out: str | os.PathLike[str], *, fresh: bool = False
     threads = max(1, len(os.sched_getaffinity(0)) // plan.slots)
     stamps = StageRunner(folder, plan.slots, stage_environment(threads), progress).run(stages)
 
+    from cloc_mllm.apps.demo.markdown import write_markdown
     from cloc_mllm.apps.demo.page import write_page
     from cloc_mllm.apps.demo.picture import write_picture
     from cloc_mllm.apps.demo.report import build_report, write_report
 
     report = build_report(plan, files, stamps, seconds=time.monotonic() - started, command=shlex.join(_own_command()))
     write_report(report, folder)
+    write_markdown(report, folder)
     runs = {name: folder / name for name in training_runs(plan, files, plan.seeds[0])}
     page = write_page(report, folder, runs, folder / DATA / "test")
     write_picture(report, folder, folder / DATA / "test")

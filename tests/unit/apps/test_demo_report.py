@@ -13,6 +13,7 @@ from PIL import Image
 
 from cloc_mllm.apps.demo.files import DATA, DemoFiles
 from cloc_mllm.apps.demo.findings import difference, findings
+from cloc_mllm.apps.demo.markdown import write_markdown
 from cloc_mllm.apps.demo.page import write_page
 from cloc_mllm.apps.demo.picture import write_picture
 from cloc_mllm.apps.demo.plan import PRESETS, make_plan, with_language_model
@@ -192,6 +193,25 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_markdown_has_every_model_and_figure(demo: tuple[dict[str, Any], DemoFiles]) -> None:
+    report, files = demo
+    lines = write_markdown(report, files.out).read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    for kind, title in (("encoder", "encoder"), ("mllm", "MLLM")):
+        start = next(k for k, row in enumerate(rows) if row[0] == title)
+        assert rows[start][1:-1] == [f"`{name}`" for name in report[kind]]
+        length = len({metric for entry in report[kind].values() for metric in entry["metrics"]})
+        table = {row[0].strip("`"): row[1:] for row in rows[start + 1 : start + 1 + length]}
+        for column, entry in enumerate(report[kind].values()):
+            for metric, found in entry["metrics"].items():
+                value = f"{100 * found['value']:.1f}"
+                several = "" if len(report["seeds"]) == 1 else f" ± {100 * found['spread']['std']:.1f}"
+                assert table[metric][column].startswith(f"{value}{several} [")
+    for target in report["targets"]:
+        assert [target["name"], target["wanted"], target["got"], "yes" if target["reached"] else "**no**"] in rows
+    assert all(f"* {finding['text']}" in lines for finding in report["findings"])
+
+
 def test_page_stands_alone_and_is_well_formed(demo: tuple[dict[str, Any], DemoFiles]) -> None:
     report, files = demo
     run = files.out / "encoders" / "clip"
@@ -325,10 +345,10 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(tmp_path: Path) 
         make_plan("quick", world_size=0)
 
 
-def test_a_real_language_model_is_frozen_then_tuned_with_lora(tmp_path: Path) -> None:
+def test_a_real_language_model_learns_its_new_tokens_then_is_tuned_with_lora(tmp_path: Path) -> None:
     plan = with_language_model(make_plan("quick"), "/models/llm")
     stages = {stage.name: stage for stage in build_stages(plan, DemoFiles(tmp_path, programs_folder(), 1))}
-    assert "parts.llm.mode=frozen" in stages["mllm/cloc_prompter/align"].command
+    assert "parts.llm.mode=tokens" in stages["mllm/cloc_prompter/align"].command
     assert "model.llm=/models/llm" in stages["mllm/cloc_prompter/align"].command
     assert "parts.llm.mode=lora" in stages["mllm/cloc_prompter/instruct"].command
     assert "--limit" in stages["evaluation/mllm/cloc_prompter"].command

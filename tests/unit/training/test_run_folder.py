@@ -130,13 +130,19 @@ def test_an_engine_that_is_not_deepspeed_is_refused() -> None:
         launch.require_deepspeed(engine, world)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_samples() -> None:
+def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_batch(tmp_path: Path) -> None:
     bare: Any = ClocTrainer.__new__(ClocTrainer)
     bare.world, bare.state, bare._micro_step = launch.World(1, 1, 2, 2, True), SimpleNamespace(global_step=3), 0
     bare.stream = StepStream(list(range(40)), plan_batch(8, 2, 2), steps=5)
-    bare._require_finite(torch.tensor(1.0), {})
+    bare.args = SimpleNamespace(output_dir=str(tmp_path))
+    batch = {"pixel_values": torch.full((2, 3), math.nan)}
+    bare._require_finite(torch.tensor(1.0), {}, batch)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ClocError, match="the loss is nan at step 4") as error:
-        bare._require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)})
+        bare._require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)}, batch)
+    kept = tmp_path / "not-finite-step4-process1.pt"
+    assert str(kept) in str(error.value)
+    assert torch.load(kept)["pixel_values"].isnan().all()
     expected = [bare.stream.locate(position)[1] for position in bare.stream.positions(3 * 2 + 1, 1)]
     assert f"numbers {', '.join(map(str, expected))} of" in str(error.value)
 

@@ -1,0 +1,199 @@
+"""Time of a training step: ours against open_clip's at the same ViT, batch and precision, and CLOC's by part.
+
+    pip install -e '.[benchmarks]'
+    python scripts/benchmarks/encoder_step.py --batch 16
+
+A step is forward, loss, backward and AdamW on made-up pictures and texts, weights at random; reading data is another
+benchmark's business. open_clip always reads 77 text tokens; ours is measured so too, and with captions and phrases cut
+to their longest, as our collator does. `--model` is the size of the towers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import device, measure, print_table, run_case, write_report
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
+from cloc_mllm.models.modeling_cloc import ClocModel
+from cloc_mllm.objectives import clip_loss, grounding_loss, region_text_loss
+
+# open_clip's names of the models, and the same sizes in transformers' words.
+MODELS = {
+    "ViT-B-32": ({"patch_size": 32}, {}),
+    "ViT-B-16": ({"patch_size": 16}, {}),
+}
+CONTEXT, CAPTION, PHRASE = 77, 20, 8
+"""Tokens: open_clip's fixed length; a typical longest caption and phrase of a batch."""
+STEPS = {
+    "open_clip": "open_clip CLIP",
+    "clip padded": "our CLIP, texts padded to 77 tokens",
+    "clip": "our CLIP, texts cut to the longest",
+    "cloc": "CLOC, prompt pooling",
+    "cloc mean": "CLOC, mean pooling",
+}
+PARTS = {
+    "image": "image tower",
+    "captions": "captions",
+    "phrases": "region texts, distinct ones, cut to the longest",
+    "phrases padded": "region texts, every one, padded to 77 tokens",
+    "boxes": "Prompter on boxes, prompt pooling",
+    "boxes mean": "Prompter on boxes, mean pooling",
+    "grounding": "Prompter on phrases, and BoxHead",
+    "losses": "both contrastive losses",
+}
+
+
+def build(name: str, prompter: str | None) -> ClocModel:
+    """Build our encoder at the size of an open_clip model."""
+    vision, text = MODELS[name]
+    model = ClocModel(
+        ClocConfig(
+            vision_config=CLIPVisionConfig(**vision),
+            text_config=CLIPTextConfig(**text),
+            prompter_config=None if prompter is None else ClocPrompterConfig(hidden_size=768, pooling=prompter),
+        )
+    )
+    return model.to(device()).train()
+
+
+def ids(rows: int, length: int) -> Tensor:
+    """Made-up texts: random tokens, the end token last."""
+    made = torch.randint(1000, 40000, (rows, length), device=device())
+    made[:, -1] = 49407
+    return made
+
+
+class Batch:
+    """Made-up inputs of one step."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        count, regions = case["batch"], case["batch"] * case["regions"]
+        torch.manual_seed(0)
+        self.pixels = torch.randn(count, 3, 224, 224, device=device())
+        self.captions, self.captions_padded = ids(count, CAPTION), ids(count, CONTEXT)
+        # A third of region texts repeat within a batch, as names of things do.
+        self.distinct = ids(max(1, regions * 2 // 3), PHRASE)
+        self.which = torch.arange(regions, device=device()) % len(self.distinct)
+        self.phrases_padded = ids(regions, CONTEXT)
+        corner = torch.rand(regions, 2, device=device()) * 0.5
+        self.boxes = torch.cat([corner, corner + 0.3], dim=1)
+        self.owner = torch.arange(regions, device=device()) // case["regions"]
+
+
+def open_clip_step(case: dict[str, Any], batch: Batch) -> Callable[[], None]:
+    """Return a step of open_clip's model and loss."""
+    import open_clip
+
+    model = open_clip.create_model(case["model"], device=str(device())).train()
+    loss = open_clip.ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        images, texts, scale = model(batch.pixels, batch.captions_padded)[:3]
+        _finish(loss(images, texts, scale), optimizer)
+
+    return step
+
+
+def our_step(case: dict[str, Any], batch: Batch) -> Callable[[], None]:
+    """Return a step of ours: CLIP or CLOC."""
+    name = case["case"]
+    pooling = {"cloc": "prompt", "cloc mean": "mean"}.get(name)
+    model = build(case["model"], pooling)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    captions = batch.captions_padded if name == "clip padded" else batch.captions
+
+    def step() -> None:
+        if pooling is None:
+            out = model(batch.pixels, captions)
+            _finish(clip_loss(out.image_embeds, out.text_embeds, out.logit_scale), optimizer)
+            return
+        out = model(batch.pixels, captions, None, batch.boxes, batch.owner, batch.distinct, None, batch.which)
+        region = region_text_loss(out.region_embeds, out.region_text_embeds, out.region_logit_scale)
+        total = clip_loss(out.image_embeds, out.text_embeds, out.logit_scale) + region
+        _finish(total + grounding_loss(out.pred_boxes, batch.boxes), optimizer)
+
+    return step
+
+
+def part(case: dict[str, Any], batch: Batch) -> Callable[[], None]:
+    """Return the forward and backward pass of one part of CLOC's step, its inputs computed beforehand."""
+    name = case["case"]
+    model = build(case["model"], "mean" if name == "boxes mean" else "prompt")
+    with torch.no_grad():
+        tokens = model.get_image_features(batch.pixels).last_hidden_state
+        phrases = model.get_text_features(batch.distinct).pooler_output[batch.which]
+        images, captions = (nn.functional.normalize(torch.randn(len(batch.pixels), 512), dim=1) for _ in range(2))
+        regions, texts = (nn.functional.normalize(torch.randn(len(batch.boxes), 512), dim=1) for _ in range(2))
+    leaves = [x.to(device()).requires_grad_() for x in (tokens, phrases, images, captions, regions, texts)]
+    tokens, phrases, images, captions, regions, texts = leaves
+    work: dict[str, Callable[[], Tensor]] = {
+        "image": lambda: model.get_image_features(batch.pixels).last_hidden_state,
+        "captions": lambda: model.get_text_features(batch.captions).pooler_output,
+        "phrases": lambda: model.get_text_features(batch.distinct).pooler_output[batch.which],
+        "phrases padded": lambda: model.get_text_features(batch.phrases_padded).pooler_output,
+        "boxes": lambda: model.get_region_features(tokens, None, batch.boxes, image_index=batch.owner).pooler_output,
+        "grounding": lambda: model.predict_boxes(tokens, phrases, batch.owner),
+        "losses": lambda: clip_loss(images, captions, 50.0) + region_text_loss(regions, texts, 50.0),
+    }
+    work["boxes mean"] = work["boxes"]
+    return lambda: work[name]().sum().backward()
+
+
+def _finish(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Measure one case."""
+    batch = Batch(case)
+    if case["case"] in PARTS:
+        work = part(case, batch)
+    else:
+        work = open_clip_step(case, batch) if case["case"] == "open_clip" else our_step(case, batch)
+    work()  # the first step makes the optimiser's state
+    return measure(work, case["repeats"])
+
+
+def main() -> None:
+    """Measure every case, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="ViT-B-32", help="size of the towers")
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--regions", type=int, default=4, help="regions an image")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each case; the median counts")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a case may take")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(run(json.loads(args.case))))
+        return
+    shared = {"model": args.model, "batch": args.batch, "regions": args.regions, "repeats": args.repeats}
+    results = {name: run_case(__file__, {"case": name, **shared}, args.timeout) for name in [*STEPS, *PARTS]}
+    for title, names, base in (
+        ("step", STEPS, "open_clip"),
+        ("part of CLOC's step, forward and backward", PARTS, "image"),
+    ):
+        table = [[title, "s", f"times {names[base]}"]]
+        for name, label in names.items():
+            found, first = results[name].get("seconds"), results[base].get("seconds")
+            ratio = f"{found / first:.2f}" if found and first else "–"
+            table.append([label, results[name].get("failed") or f"{found:.3f}", ratio])
+        print_table(table)
+        print()
+    write_report(args.out, "encoder_step", list(results.values()))
+
+
+if __name__ == "__main__":
+    main()
