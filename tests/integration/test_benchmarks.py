@@ -1,0 +1,51 @@
+"""The benchmarks run and measure what they say; what they measure is for documents, not for tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_losses_are_the_same_work(tmp_path: Path) -> None:
+    size = ("--rows", "96", "--width", "16", "--tile-size", "32", "--repeats", "1")
+    printed = run("contrastive_losses.py", *size, "--out", str(tmp_path))
+    report = json.loads((tmp_path / "contrastive_losses.json").read_text())
+    found = {result["loss"]: result for result in report["results"]}
+    assert report["machine"]["cores"] >= 1
+    assert found["clip tiled"]["value"] == pytest.approx(found["clip plain"]["value"], rel=1e-5)
+    assert found["region tiled"]["value"] == pytest.approx(found["region plain"]["value"], rel=1e-5)
+    assert found["region plain"]["value"] < found["clip plain"]["value"], "the filter took nothing out"
+    if util.find_spec("open_clip") is None:
+        assert "No module named 'open_clip'" in found["open_clip ClipLoss"]["failed"]
+        assert "open_clip ClipLoss at N = 96" in printed
+    else:
+        assert found["open_clip ClipLoss"]["value"] == pytest.approx(found["clip plain"]["value"], rel=1e-4)
+    assert all(result["seconds"] > 0 for result in found.values() if "failed" not in result)
+
+
+def test_a_case_that_cannot_fit_is_reported_not_tried(tmp_path: Path) -> None:
+    run("contrastive_losses.py", "--rows", "64", "--memory-gib", "0", "--repeats", "1", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "contrastive_losses.json").read_text())["results"]
+    failed = {result["loss"] for result in results if "expected to need" in result.get("failed", "")}
+    assert failed == {"open_clip ClipLoss", "clip plain", "region plain"}
+
+
+def test_steps_are_named_in_the_help() -> None:
+    assert "against open_clip's at the same ViT" in run("encoder_step.py", "--help")
