@@ -6,6 +6,7 @@ itself once for each case, one after the other, so that no case profits from, or
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs from a clone that is not installed
 
 MIB = 2**20
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark takes.
+
+    Args:
+        description: The script's docstring.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each case; the median counts")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a case may take")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser
 
 
 def machine() -> dict[str, Any]:

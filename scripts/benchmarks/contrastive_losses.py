@@ -9,14 +9,12 @@ with the text filter, plain against tiled. A case that does not fit into memory 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, device, measure, print_table, run_case, write_report
+from common import MIB, argument_parser, device, measure, print_table, run_case, write_report
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,15 +74,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every case, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768], help="batch sizes N")
     parser.add_argument("--width", type=int, default=512, help="dimension of the embeddings")
     parser.add_argument("--tile-size", type=int, default=2048, help="rows and columns of a tile")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each case; the median counts")
     parser.add_argument("--memory-gib", type=float, default=16.0, help="cases expected to need more are not tried")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a case may take")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(run(json.loads(args.case))))

@@ -10,14 +10,12 @@ to their longest, as our collator does. `--model` is the size of the towers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import device, measure, print_table, run_case, write_report
+from common import argument_parser, device, measure, print_table, run_case, write_report
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
@@ -167,14 +165,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every case, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="ViT-B-32", help="size of the towers")
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--regions", type=int, default=4, help="regions an image")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each case; the median counts")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a case may take")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(run(json.loads(args.case))))

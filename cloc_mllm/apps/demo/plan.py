@@ -141,8 +141,8 @@ PRESETS = {
         pretrain=TrainingPlan("pretrain_quick"),
         align=TrainingPlan("align_quick"),
         instruct=TrainingPlan("instruct_quick"),
-        # Two launches at a time: one computes while the other imports or its processes wait for each other. On two cores
-        # two trainings of 100 steps took 76 s so, and 83 s one after the other.
+        # Two launches at a time: one computes while the other imports or its processes wait for each other. On two
+        # cores two trainings of 100 steps took 76 s so, and 83 s one after the other.
         slots=4,
         limits=_QUICK_LIMITS,
     ),

@@ -21,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from cloc_mllm.data.scenes import language, questions
-from cloc_mllm.data.scenes.layout import Pair, SceneObject, sample_layout
+from cloc_mllm.data.scenes.layout import sample_layout
+from cloc_mllm.data.scenes.objects import Pair, SceneObject
 from cloc_mllm.data.scenes.render import render
 from cloc_mllm.data.scenes.vocabulary import SPLITS, ScenePreset, get_preset, heldout_pairs
 from cloc_mllm.errors import ClocError

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cloc_mllm.data.scenes.layout import SceneObject
+from cloc_mllm.data.scenes.objects import SceneObject
 from cloc_mllm.data.scenes.vocabulary import ScenePreset, with_article
 
 Mention = dict[str, str]

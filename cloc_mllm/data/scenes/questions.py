@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cloc_mllm.data.scenes.language import canonical, is_unique, mention, sample_unique_mention, words
-from cloc_mllm.data.scenes.layout import Pair, SceneObject
+from cloc_mllm.data.scenes.objects import Pair, SceneObject
 from cloc_mllm.data.scenes.vocabulary import ScenePreset, plural, with_article
 
 Content = list[dict[str, Any]]

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from cloc_mllm.data.scenes.objects import SceneObject
 from cloc_mllm.data.scenes.vocabulary import COLOURS, REFERENCE_SIDE
-
-if TYPE_CHECKING:
-    from cloc_mllm.data.scenes.layout import SceneObject
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from cloc_mllm.data.scenes import generator
 from cloc_mllm.data.scenes.generator import SceneSource, generate_scenes
-from cloc_mllm.data.scenes.layout import SceneObject, overlap_of_smaller, sample_layout
+from cloc_mllm.data.scenes.layout import overlap_of_smaller, sample_layout
+from cloc_mllm.data.scenes.objects import SceneObject
 from cloc_mllm.data.scenes.questions import Asker
 from cloc_mllm.data.scenes.render import paint, shape_mask
 from cloc_mllm.data.scenes.vocabulary import COLOURS, PRESETS, SHAPES, SIZES, heldout_pairs, plural
