@@ -152,7 +152,8 @@ class PretrainTrainer(ClocTrainer):
         """Fetch a step's micro-batches, and contrast them with each other if there are several."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if len(batches) > 1 and self.objective.grad_cache:
-            model = self.model_wrapped.train()
+            model = self.model_wrapped
+            model.train()  # DeepSpeed's engine returns nothing from it
             with self.compute_loss_context_manager():
                 # One micro-batch at a time is moved to the device: a step's pictures need not fit there together.
                 self._replays = plan_replays(

@@ -105,7 +105,9 @@ def test_micro_batches_contrasted_together_equal_one_batch(
 
 def test_micro_batches_in_bf16_follow_one_batch_in_fp32(data: Path, runs: Path, reference: Path) -> None:
     run = pretrain(data, runs / "cache_bf16", 2, "run.zero=2", "run.precision=bf16", "run.micro_batch_size=1")
-    assert losses(run)[:4] == pytest.approx(losses(reference)[:4], rel=0.05)
+    # Before the first step only rounding differs; later the runs drift apart, as bf16 in one batch does from fp32.
+    assert losses(run)[0] == pytest.approx(losses(reference)[0], rel=0.01)
+    assert losses(run)[:4] == pytest.approx(losses(reference)[:4], rel=0.1)
 
 
 def test_tiles_and_the_sigmoid_loss_train_over_processes(data: Path, runs: Path, reference: Path) -> None:
@@ -193,12 +195,14 @@ def test_boxes_reach_the_model_in_fp32_while_pixels_are_bf16(tmp_path: Path) -> 
 
 
 def test_accumulation_keeps_the_sum_of_samples(data: Path, runs: Path) -> None:
-    """Accumulated micro-batches make up the batch; a contrastive loss sees fewer negatives, hence another value."""
-    run = pretrain(
-        data, runs / "accumulated", 2, "run.zero=2", "run.batch_size=8", "run.micro_batch_size=2", "run.steps=3"
-    )
-    assert len(losses(run)) == 3
-    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    """Accumulated micro-batches make up the batch; contrasted alone, each has fewer negatives, hence a lower loss."""
+    size = ("run.zero=2", "run.batch_size=8", "run.micro_batch_size=2", "run.steps=3")
+    together = pretrain(data, runs / "together", 2, *size)
+    alone = pretrain(data, runs / "alone_each", 2, *size, "objective.grad_cache=false")
+    for run in (together, alone):
+        assert len(losses(run)) == 3
+        assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    assert losses(alone)[0] < losses(together)[0] - 0.1
 
 
 def test_the_controls_train_and_export(data: Path, runs: Path) -> None:
