@@ -147,6 +147,8 @@ def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, tm
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (started := _children(process.pid)) and time.monotonic() < deadline:
