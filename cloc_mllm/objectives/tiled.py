@@ -226,9 +226,10 @@ def share_filtered(texts: Tensor, threshold: float, tile_size: int) -> Tensor:
         threshold: The filter's.
         tile_size: Rows compared at a time.
     """
+    texts = texts.float()
     count, hits = len(texts), torch.zeros((), device=texts.device)
-    for part in texts.float().split(tile_size):
-        hits += same_meaning(part, texts.float(), threshold).sum()
+    for part in texts.split(tile_size):
+        hits += same_meaning(part, texts, threshold).sum()
     # Every text is its own twin, but for rounding.
     return (hits - count).clamp(min=0) / max(count * (count - 1), 1)
 

@@ -78,8 +78,9 @@ def plan_replays(
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     gradients = {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     loss, scalars = loss.detach(), {name: value.detach() for name, value in scalars.items()}
+    dealt = _split(gradients, outputs)
     return [
-        Replay({name: parts[k] for name, parts in _split(gradients, outputs).items()}, state, loss, scalars)
+        Replay({name: parts[k] for name, parts in dealt.items()}, state, loss, scalars)
         for k, state in enumerate(states)
     ]
 
