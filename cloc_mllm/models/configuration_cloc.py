@@ -22,8 +22,9 @@ class ClocPrompterConfig(PreTrainedConfig):
         num_attention_heads: Heads of the one encoder layer (paper: 1).
         kind: ``prompter``, or ``roi_align``: RoI-Align on the tower's tokens in the Prompter's place (the paper's
             ablation, table 2).
-        pooling: ``mean`` averages all output tokens (the paper's global average pool); ``prompt`` averages the output
-            at the prompt's own tokens, which never needs the image tokens' outputs and is far cheaper (ours).
+        pooling: ``mean`` averages all output tokens (the paper's global average pool), before the last norm, which
+            saves half of the MLP's work (ours); ``prompt`` averages the output at the prompt's own tokens, which never
+            needs the image tokens' outputs and is far cheaper (ours).
         num_pos_feats: Sine and cosine frequencies for each coordinate (ours).
         max_frequency: Highest of the geometrically spaced frequencies, in periods across the frame (ours).
         image_positions: Whether each patch token gets the same encoding of its centre before the layer, as SAM adds

@@ -19,7 +19,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_cloc import ClocConfig, ClocPrompterConfig, ClocVisionConfig
 from .grid_search import GridSearch
-from .prompter import BoxHead, ClocPrompter, RoiAlignPooler
+from .patch_dropout import choose_patches, reading_only
+from .prompter import BoxHead, ClocPrompter, ImageSide, PromptTable, RoiAlignPooler, grid_centers
+from .text_buckets import encode_in_buckets
 
 
 @dataclass
@@ -94,9 +96,9 @@ def build_region_encoder(config: ClocPrompterConfig) -> ClocPrompter | RoiAlignP
 
 def encode_boxes(
     region_encoder: ClocPrompter | RoiAlignPooler,
-    image_tokens: torch.Tensor,
+    image_tokens: torch.Tensor | ImageSide,
     boxes: torch.Tensor,
-    image_index: torch.Tensor,
+    image_index: torch.Tensor | PromptTable,
 ) -> torch.Tensor:
     """Embed ``(R, 4)`` normalised boxes of the model frame in the shared space, ``(R, D)``, not normalised."""
     if isinstance(region_encoder, RoiAlignPooler):
@@ -123,6 +125,8 @@ class ClocModel(ClocPreTrainedModel):
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init_value))
+        # How training saves work; a trainer sets them, a checkpoint does not carry them.
+        self.patch_dropout, self.text_buckets, self.text_multiple_of = 0.0, 1, 1
         self.prompter: ClocPrompter | RoiAlignPooler | None = None
         self.box_head: BoxHead | None = None
         for name in ("region_logit_scale", "logit_bias", "region_logit_bias"):
@@ -366,29 +370,64 @@ class ClocModel(ClocPreTrainedModel):
             A :class:`ClocOutput`. Temperatures are returned rather than applied, so that no parameter is used outside
             this call (ZeRO-3 has them partitioned then).
         """
-        image = self.get_image_features(pixel_values)
-        texts = self.get_text_features(input_ids, attention_mask)
+        image, centers = self._read_images(pixel_values, input_boxes, box_image_index)
         output = ClocOutput(
             image_embeds=functional.normalize(image.pooler_output, dim=-1),
-            text_embeds=functional.normalize(texts.pooler_output, dim=-1),
+            text_embeds=functional.normalize(self._read_texts(input_ids, attention_mask), dim=-1),
             logit_scale=self._capped(self.logit_scale),
             logit_bias=_as_float(self.logit_bias),
         )
+        phrases = None
         if region_input_ids is not None:
-            phrases = self.get_text_features(region_input_ids, region_attention_mask).pooler_output
+            phrases = self._read_texts(region_input_ids, region_attention_mask)
             if region_text_index is not None:
                 phrases = phrases[region_text_index]
             output.region_text_embeds = functional.normalize(phrases, dim=-1)
         if self.prompter is None or input_boxes is None:
             return output
-        tokens = image.last_hidden_state
-        regions = self.get_region_features(tokens, input_boxes=input_boxes, image_index=box_image_index)
-        output.region_embeds = functional.normalize(regions.pooler_output, dim=-1)
+        tokens: torch.Tensor | ImageSide = image.last_hidden_state
+        boxes, index = _flatten_prompts(input_boxes, box_image_index, len(pixel_values))
+        table: torch.Tensor | PromptTable = index
+        if isinstance(self.prompter, ClocPrompter):  # boxes and phrases share what depends on the image alone
+            tokens = self.prompter.read_images(image.last_hidden_state, centers)
+            table = PromptTable.of(index, len(pixel_values))
+        regions = encode_boxes(self.prompter, tokens, boxes, table)
+        output.region_embeds = functional.normalize(regions, dim=-1)
         output.region_logit_scale = self._capped(self.region_logit_scale)
         output.region_logit_bias = _as_float(self.region_logit_bias)
-        if self.box_head is not None and region_input_ids is not None:
-            output.pred_boxes = self.predict_boxes(tokens, phrases, box_image_index)
+        if self.box_head is not None and phrases is not None:
+            assert isinstance(self.prompter, ClocPrompter)
+            output.pred_boxes = self.box_head(self.prompter(tokens, self.prompter.embed_texts(phrases), table))
         return output
+
+    def _read_images(
+        self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, image_index: torch.Tensor | None
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor | None]:
+        """Encode images; while training with patch dropout, some of their patches, whose centres come with them."""
+        if not (self.training and self.patch_dropout > 0):
+            return self.get_image_features(pixel_values), None
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        if boxes is not None:
+            boxes, image_index = _flatten_prompts(boxes, image_index, len(pixel_values))
+        patches = choose_patches(
+            boxes, image_index, len(pixel_values), side, self.patch_dropout, device=pixel_values.device
+        )
+        with reading_only(self.vision_model, patches):
+            return self.get_image_features(pixel_values), grid_centers(side, pixel_values.device)[patches]
+
+    def _read_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Encode texts, ``(T, D)``, in batches of like length if a trainer asks for that."""
+        if attention_mask is None or self.text_buckets * self.text_multiple_of == 1:
+            return self.get_text_features(input_ids, attention_mask).pooler_output
+        return encode_in_buckets(
+            lambda ids, mask: self.get_text_features(ids, mask).pooler_output,
+            input_ids,
+            attention_mask,
+            self.text_buckets,
+            self.text_multiple_of,
+            self.config.text_config.max_position_embeddings,
+        )
 
     def _capped(self, log_scale: torch.Tensor) -> torch.Tensor:
         """Exponentiated in float32 and capped; the trainer also clamps the parameter, so the cap stops no gradient."""

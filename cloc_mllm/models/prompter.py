@@ -9,6 +9,8 @@ attention over two sets of keys is the average of the two attentions, weighted b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -54,11 +56,87 @@ class CoordinateEmbedding(nn.Module):
         return self.lift(waves.to(self.lift.weight.dtype)) + self.role(roles)
 
 
+@dataclass(frozen=True)
+class ImageSide:
+    """What the Prompter computes of images once, whatever they are asked.
+
+    Attributes:
+        tokens: ``(B, N, width)`` the layer's input.
+        key: ``(B, heads, N, head_dim)``.
+        value: ``(B, heads, N, head_dim)``.
+        query: ``(B, heads, N, head_dim)``; this and what follows is ``None`` if only outputs at prompts are wanted.
+        attended: ``(B, heads, N, head_dim)`` attention of the image's tokens to each other.
+        log_norm: ``(B, heads, N, 1)`` logarithm of that attention's soft-max denominators.
+    """
+
+    tokens: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    query: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
+    log_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """A place for each of R prompts in a table of G rows and C columns, so that a row's prompts share their keys.
+
+    A row is an image and its columns are its prompts: then no image's keys are copied. Where that would leave most of
+    the table empty (a thousand prompts on one image, one on each of the others), each prompt has a row of its own.
+
+    Attributes:
+        row: ``(R,)`` row of each prompt.
+        column: ``(R,)`` column of each prompt.
+        images: ``(G,)`` image of each row; ``None`` where row g is image g.
+        shape: G and C.
+        full: Whether the prompts fill the table in order: then it is another view of them.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    images: torch.Tensor | None
+    shape: tuple[int, int]
+    full: bool
+
+    @classmethod
+    def of(cls, image_index: torch.Tensor, num_images: int) -> PromptTable:
+        """Lay out the table for prompts on the images ``image_index`` ``(R,)`` of ``num_images``."""
+        count = len(image_index)
+        numbers = torch.arange(count, device=image_index.device)
+        order = image_index.argsort(stable=True)
+        per_image = torch.bincount(image_index, minlength=num_images)
+        first = per_image.cumsum(0) - per_image
+        column = torch.empty_like(image_index)
+        column[order] = numbers - first[image_index[order]]
+        if count == 0:
+            return cls(numbers, column, None, (num_images, 0), full=True)
+        # The one place that waits for the device.
+        in_order, longest = torch.stack([(order == numbers).all().long(), per_image.max()]).tolist()
+        if num_images * longest > 2 * count:
+            return cls(numbers, torch.zeros_like(numbers), image_index, (count, 1), full=True)
+        full = bool(in_order) and num_images * longest == count
+        return cls(image_index, column, None, (num_images, longest), full)
+
+    def fill(self, prompts: torch.Tensor) -> torch.Tensor:
+        """``(R, ...)`` to ``(G, C, ...)``, zeros where no prompt is."""
+        if self.full:
+            return prompts.unflatten(0, self.shape)
+        return prompts.new_zeros(*self.shape, *prompts.shape[1:]).index_put((self.row, self.column), prompts)
+
+    def pick(self, table: torch.Tensor) -> torch.Tensor:
+        """``(G, C, ...)`` to ``(R, ...)``."""
+        return table.flatten(0, 1) if self.full else table[self.row, self.column]
+
+    def of_rows(self, per_image: torch.Tensor) -> torch.Tensor:
+        """``(B, ...)`` to ``(G, ...)``."""
+        return per_image if self.images is None else per_image.index_select(0, self.images)
+
+
 class PrompterLayer(nn.Module):
     """One pre-norm transformer encoder layer over prompt and image tokens.
 
-    :meth:`forward` is the plain form on the concatenated sequence. :meth:`shared` gives the same outputs while
-    computing the image's side once for all prompts of an image.
+    :meth:`forward` is the plain form on the concatenated sequence. :meth:`read` and :meth:`ask` give the same outputs
+    while computing the image's side once for all prompts of an image.
     """
 
     def __init__(self, config: ClocPrompterConfig) -> None:
@@ -84,50 +162,94 @@ class PrompterLayer(nn.Module):
         normed = self.layer_norm1(tokens)
         return self._heads(self.q_proj(normed)), self._heads(self.k_proj(normed)), self._heads(self.v_proj(normed))
 
-    def _finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual and MLP; ``attended`` is ``(..., heads, T, head_dim)``."""
-        hidden = residual + self.out_proj(attended.transpose(-3, -2).flatten(-2))
-        return hidden + self.fc2(self.activation(self.fc1(self.layer_norm2(hidden))))
+    def _joined(self, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection of ``(..., heads, T, head_dim)``."""
+        return self.out_proj(attended.transpose(-3, -2).flatten(-2))
+
+    def _inner(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The MLP up to its activation."""
+        return self.activation(self.fc1(self.layer_norm2(hidden)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The layer on ``(R, P + N, width)`` concatenated prompt and image tokens: the plain twin of :meth:`shared`."""
+        """The layer on ``(R, P + N, width)`` concatenated prompt and image tokens: the plain twin of :meth:`ask`."""
         query, key, value = self._qkv(tokens)
-        return self._finish(tokens, functional.scaled_dot_product_attention(query, key, value))
+        hidden = tokens + self._joined(functional.scaled_dot_product_attention(query, key, value))
+        return hidden + self.fc2(self._inner(hidden))
 
-    def shared(
-        self, prompts: torch.Tensor, image_tokens: torch.Tensor, image_index: torch.Tensor, *, with_image: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer for many prompts, each on its own image, with the image's side computed once.
+    def read(self, image_tokens: torch.Tensor, *, with_image: bool) -> ImageSide:
+        """Compute what depends on the images alone.
+
+        Args:
+            image_tokens: ``(B, N, width)``.
+            with_image: Whether outputs at the image tokens will be wanted, not at the prompts' alone.
+        """
+        normed = self.layer_norm1(image_tokens)
+        key, value = self._heads(self.k_proj(normed)), self._heads(self.v_proj(normed))
+        if not with_image:
+            return ImageSide(image_tokens, key, value)
+        query = self._heads(self.q_proj(normed))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return ImageSide(
+            image_tokens, key, value, query, scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1, keepdim=True)
+        )
+
+    def ask(self, prompts: torch.Tensor, side: ImageSide, table: PromptTable) -> torch.Tensor:
+        """The layer's outputs at the prompts' own tokens, ``(R, P, width)``.
 
         Args:
             prompts: ``(R, P, width)`` prompt tokens.
-            image_tokens: ``(B, N, width)`` image tokens.
-            image_index: ``(R,)`` the image of each prompt.
-            with_image: Whether the outputs at the image tokens are wanted too.
-
-        Returns:
-            Outputs at the prompt tokens, ``(R, P, width)``, and at the image tokens, ``(R, N, width)`` or ``None``.
+            side: What :meth:`read` gave.
+            table: Which image each prompt is about.
         """
-        query_p, key_p, value_p = self._qkv(prompts)
-        normed = self.layer_norm1(image_tokens)
-        key_i, value_i = self._heads(self.k_proj(normed)), self._heads(self.v_proj(normed))
-        scale = query_p.shape[-1] ** -0.5
-        key_of, value_of = key_i[image_index], value_i[image_index]
-        scores = torch.cat([query_p @ key_p.transpose(-1, -2), query_p @ key_of.transpose(-1, -2)], dim=-1) * scale
-        values = torch.cat([value_p, value_of], dim=-2)
-        at_prompt = self._finish(prompts, scores.softmax(dim=-1) @ values)
-        if not with_image:
-            return at_prompt, None
-        query_i = self._heads(self.q_proj(normed))
-        own = query_i @ key_i.transpose(-1, -2) * scale
-        own_norm = own.logsumexp(dim=-1, keepdim=True)
-        own_out = own.softmax(dim=-1) @ value_i
-        cross = query_i[image_index] @ key_p.transpose(-1, -2) * scale
-        cross_norm = cross.logsumexp(dim=-1, keepdim=True)
-        # Share of the prompt's keys in the joint soft-max: sigmoid of the difference of the log-sum-exps.
-        share = torch.sigmoid(cross_norm - own_norm[image_index])
-        merged = own_out[image_index] * (1 - share) + (cross.softmax(dim=-1) @ value_p) * share
-        return at_prompt, self._finish(image_tokens[image_index], merged)
+        hidden = self._at_prompts(prompts, *self._qkv(prompts), side, table)
+        return hidden + self.fc2(self._inner(hidden))
+
+    def ask_for_mean(self, prompts: torch.Tensor, side: ImageSide, table: PromptTable) -> torch.Tensor:
+        """The mean of the layer's outputs over prompt and image tokens, ``(R, width)``; arguments as :meth:`ask`.
+
+        What follows the activation is linear, so it is done to the mean: half of the MLP's work is saved.
+        """
+        query, key, value = self._qkv(prompts)
+        at_prompts = self._at_prompts(prompts, query, key, value, side, table)
+        at_image = table.of_rows(side.tokens)[:, None] + self._joined(self._at_image(key, value, side, table))
+        at_image = table.pick(at_image)
+        count = at_prompts.shape[1] + at_image.shape[1]
+        hidden = at_prompts.sum(dim=1) + at_image.sum(dim=1)
+        inner = self._inner(at_prompts).sum(dim=1) + self._inner(at_image).sum(dim=1)
+        return hidden / count + self.fc2(inner / count)
+
+    def _at_prompts(
+        self,
+        prompts: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        side: ImageSide,
+        table: PromptTable,
+    ) -> torch.Tensor:
+        """Prompt tokens after attention to themselves and their image, ``(R, P, width)``."""
+        scale = query.shape[-1] ** -0.5
+        slots = table.fill(query).transpose(1, 2)  # (G, heads, C, P, head_dim)
+        columns, length = slots.shape[2:4]
+        to_image = slots.flatten(2, 3) @ table.of_rows(side.key).transpose(-1, -2)
+        to_image = table.pick(to_image.unflatten(2, (columns, length)).transpose(1, 2))  # (R, heads, P, N)
+        to_own = query @ key.transpose(-1, -2)
+        weights = (torch.cat([to_own, to_image], dim=-1) * scale).softmax(dim=-1)
+        of_own, of_image = weights.split([length, weights.shape[-1] - length], dim=-1)
+        slots = table.fill(of_image).transpose(1, 2).flatten(2, 3)  # (G, heads, C * P, N)
+        read = (slots @ table.of_rows(side.value)).unflatten(2, (columns, length)).transpose(1, 2)
+        return prompts + self._joined(table.pick(read) + of_own @ value)
+
+    def _at_image(self, key: torch.Tensor, value: torch.Tensor, side: ImageSide, table: PromptTable) -> torch.Tensor:
+        """Attention of the image tokens to their image and each prompt, ``(G, C, heads, N, head_dim)``."""
+        assert side.query is not None
+        assert side.attended is not None
+        assert side.log_norm is not None
+        query, own_norm = table.of_rows(side.query)[:, None], table.of_rows(side.log_norm)[:, None]
+        scores = query @ table.fill(key).transpose(-1, -2) * query.shape[-1] ** -0.5  # (G, C, heads, N, P)
+        # The prompt's part of the joint soft-max is the sigmoid of the difference of the log-sum-exps.
+        share = torch.sigmoid(scores.logsumexp(dim=-1, keepdim=True) - own_norm)
+        return torch.lerp(table.of_rows(side.attended)[:, None], scores.softmax(dim=-1) @ table.fill(value), share)
 
 
 class ClocPrompter(nn.Module):
@@ -145,6 +267,8 @@ class ClocPrompter(nn.Module):
         self.layer = PrompterLayer(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable() looks for it
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def embed_boxes(self, boxes: torch.Tensor) -> torch.Tensor:
         """``(R, 4)`` float32 xyxy boxes, normalised, model frame, to two corner tokens each, ``(R, 2, width)``."""
@@ -163,40 +287,63 @@ class ClocPrompter(nn.Module):
         """
         return self.text_lift(functional.normalize(text_embeds, dim=-1).to(self.text_lift.weight.dtype))[:, None]
 
-    def _placed(self, image_tokens: torch.Tensor) -> torch.Tensor:
+    def _placed(self, image_tokens: torch.Tensor, patch_centers: torch.Tensor | None) -> torch.Tensor:
         """``(B, N, hidden_size)`` tokens, each patch's with the encoding of its centre added."""
         if not self.config.image_positions:
             return image_tokens
         first = int(self.config.has_class_token)
-        side = _grid_side(image_tokens.shape[1] - first)
-        steps = (torch.arange(side, device=image_tokens.device, dtype=torch.float32) + 0.5) / side
-        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        if patch_centers is None:
+            patch_centers = grid_centers(_grid_side(image_tokens.shape[1] - first), image_tokens.device)[None]
         roles = torch.tensor([CoordinateEmbedding.PATCH], device=image_tokens.device)
-        where = self.coordinates(torch.stack([x, y], dim=-1).view(1, -1, 2), roles)
-        return image_tokens + functional.pad(where, (0, 0, first, 0))
+        return image_tokens + functional.pad(self.coordinates(patch_centers, roles), (0, 0, first, 0))
+
+    def read_images(self, image_tokens: torch.Tensor, patch_centers: torch.Tensor | None = None) -> ImageSide:
+        """Compute what all prompts of the images share; :meth:`forward` takes it in place of the tokens.
+
+        Args:
+            image_tokens: ``(B, N, hidden_size)`` tokens of the tower before pooling and projection.
+            patch_centers: ``(B, N', 2)`` float32 x, y in [0, 1] of the patch tokens, if the tower has read only some of
+                the patches; by default those of the whole square grid.
+        """
+        return self.layer.read(self._placed(image_tokens, patch_centers), with_image=self.config.pooling == "mean")
 
     def forward(
-        self, image_tokens: torch.Tensor, prompts: torch.Tensor, image_index: torch.Tensor, *, plain: bool = False
+        self,
+        image_tokens: torch.Tensor | ImageSide,
+        prompts: torch.Tensor,
+        image_index: torch.Tensor | PromptTable,
+        *,
+        plain: bool = False,
     ) -> torch.Tensor:
         """Pool one feature for each prompt.
 
         Args:
-            image_tokens: ``(B, N, hidden_size)`` tokens of the tower before pooling and projection.
+            image_tokens: ``(B, N, hidden_size)`` tokens of the tower before pooling and projection, or what
+                :meth:`read_images` made of them.
             prompts: ``(R, P, hidden_size)`` prompt tokens from one of the ``embed_*`` methods.
-            image_index: ``(R,)`` the image each prompt is about.
+            image_index: ``(R,)`` the image each prompt is about, or the table of them.
             plain: Run the layer on the concatenated sequences, sharing nothing. Slow; the reference for tests.
 
         Returns:
             ``(R, hidden_size)`` pooled features; :attr:`projection` takes them to the shared space.
         """
-        of_prompt = self.config.pooling == "prompt"
-        image_tokens = self._placed(image_tokens)
         if plain:
-            tokens = self.layer(torch.cat([prompts, image_tokens[image_index]], dim=1))
-            return self.layer_norm(tokens[:, : prompts.shape[1]] if of_prompt else tokens).mean(dim=1)
-        at_prompt, at_image = self.layer.shared(prompts, image_tokens, image_index, with_image=not of_prompt)
-        tokens = at_prompt if at_image is None else torch.cat([at_prompt, at_image], dim=1)
-        return self.layer_norm(tokens).mean(dim=1)
+            assert isinstance(image_tokens, torch.Tensor)
+            assert isinstance(image_index, torch.Tensor)
+            tokens = self.layer(torch.cat([prompts, self._placed(image_tokens, None)[image_index]], dim=1))
+            if self.config.pooling == "mean":
+                return self.layer_norm(tokens.mean(dim=1))
+            return self.layer_norm(tokens[:, : prompts.shape[1]]).mean(dim=1)
+        side = self.read_images(image_tokens) if isinstance(image_tokens, torch.Tensor) else image_tokens
+        table = image_index
+        if isinstance(table, torch.Tensor):
+            table = PromptTable.of(table, len(side.tokens))
+        if self.config.pooling == "prompt":
+            return self.layer_norm(self.layer.ask(prompts, side, table)).mean(dim=1)
+        if self.gradient_checkpointing and self.training:
+            # Each prompt has image tokens of its own here, the largest tensors of the whole step: they are made inside.
+            return self.layer_norm(self._gradient_checkpointing_func(self.layer.ask_for_mean, prompts, side, table))
+        return self.layer_norm(self.layer.ask_for_mean(prompts, side, table))
 
 
 class RoiAlignPooler(nn.Module):
@@ -253,6 +400,13 @@ def roi_align(
         grid[image_index].to(torch.float32), where, padding_mode="border", align_corners=False
     )
     return sampled.flatten(2).transpose(1, 2).to(image_tokens.dtype)
+
+
+def grid_centers(side: int, device: torch.device) -> torch.Tensor:
+    """``(side ** 2, 2)`` float32 x, y in [0, 1] of the centres of a square grid's patches, row by row."""
+    steps = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
 def _grid_side(num_patches: int) -> int:

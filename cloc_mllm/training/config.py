@@ -20,6 +20,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.training.options import (
     AlignDataOptions,
     Block,
+    ComputeOptions,
     EncoderModelOptions,
     EncoderParts,
     InstructDataOptions,
@@ -61,6 +62,7 @@ class PretrainConfig(_StageConfig):
     model: EncoderModelOptions = block(EncoderModelOptions, "the encoder")
     data: RegionTextOptions
     objective: PretrainObjective = block(PretrainObjective, "the losses' weights")
+    compute: ComputeOptions = block(ComputeOptions, "how work is saved")
     parts: EncoderParts = block(EncoderParts, "what is trained")
 
     @model_validator(mode="after")
@@ -68,6 +70,18 @@ class PretrainConfig(_StageConfig):
         if self.objective.extra_captions and self.model.prompter is not None:
             raise ValueError("'objective.extra_captions' is the control without a Prompter: set model.prompter=null")
         _refuse_adapters(self.parts, "the encoder")
+        return self
+
+    @model_validator(mode="after")
+    def _savings_fit_the_model(self) -> PretrainConfig:
+        prompter = self.model.prompter
+        if self.compute.patch_dropout and prompter is not None and prompter.kind == "roi_align":
+            raise ValueError("'compute.patch_dropout' leaves holes in the grid that RoI-Align samples: set it to 0")
+        if self.compute.compile is not None and str(self.run.zero) in ("3", "zero3", "zero3_offload"):
+            raise ValueError(
+                "'compute.compile' with ZeRO stage 3 is refused: its weights come and go between the layers, which "
+                "breaks the compiled graph apart at each; use stage 1 or 2"
+            )
         return self
 
     @model_validator(mode="after")

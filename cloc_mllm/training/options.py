@@ -214,6 +214,17 @@ class PretrainObjective(Block):
     tile_size: Positive = option(2048, "tiled: rows and columns of a tile")
 
 
+class ComputeOptions(Block):
+    """How pre-training saves work; exact, but for patch dropout."""
+
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = option(
+        0.0, "share of patches that the tower does not read while trained; those under the sampled boxes stay"
+    )
+    text_buckets: Positive = option(1, "captions and phrases are each encoded in so many batches of like length")
+    text_multiple_of: Positive = option(1, "lengths of texts are rounded up to a multiple: fewer shapes to compile")
+    compile: str | None = option(None, "torch.compile's backend for the towers' layers, as inductor; null: none")
+
+
 class ScratchLlmOptions(Block):
     """A small Llama trained from scratch, for demonstrations and tests."""
 

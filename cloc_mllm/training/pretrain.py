@@ -27,6 +27,7 @@ from cloc_mllm.objectives import (
     share_filtered,
 )
 from cloc_mllm.objectives.distributed import all_reduce_sum
+from cloc_mllm.training.compute import apply_compute
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
 from cloc_mllm.training.trainer import ClocTrainer
@@ -57,6 +58,7 @@ class PretrainTrainer(ClocTrainer):
         self.clamped_parts = (("temperatures", 0.0, model.config.logit_scale_max),)
         self._validated: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._replays: list[Replay] = []
+        apply_compute(model, config.compute)
         super().__init__(config, *args, model=model, **kwargs)
 
     def losses(
