@@ -7,40 +7,51 @@ time it takes to read its configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from torch import nn
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.training import launch
-from cloc_mllm.training.config import AnyConfig, PretrainConfig, load_config, plan_batch
+from cloc_mllm.training.config import AnyConfig, BatchPlan, PretrainConfig, load_config, plan_batch
 from cloc_mllm.training.encoder import encoder_config, prompter_config
 from cloc_mllm.training.parts import PartReport, apply_parts, describe, trained_and_total
+from cloc_mllm.training.scaling import DEVICES, GIB, estimate, state_bytes, table
 
-GIB = 2**30
-
-# Bytes for each parameter: weights, gradients, and what AdamW keeps (two moments; in bf16 also the fp32 weights).
-BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 12)}
+if TYPE_CHECKING:
+    from cloc_mllm.training.costs import ImageCost
 
 
-def explain(path: str, overrides: Sequence[str] = (), world_size: int = 1) -> str:
+def explain(
+    path: str,
+    overrides: Sequence[str] = (),
+    world_size: int = 1,
+    scale: Sequence[int] = (),
+    device: str = "h100",
+) -> str:
     """Return everything about a preset that can be known without training.
 
     Args:
         path: The preset.
         overrides: `key=value` pairs.
         world_size: Number of processes to plan for.
+        scale: Numbers of devices to estimate pre-training's memory, traffic and step time for.
+        device: Which of `scaling.DEVICES`.
 
     Raises:
         ClocError: The preset is wrong, or the batch does not divide.
     """
     config = load_config(path, overrides)
+    if scale and not isinstance(config, PretrainConfig):
+        raise ClocError("estimates for many devices are made for pre-training only", file=path)
     plan = plan_batch(config.run.batch_size, config.run.micro_batch_size, world_size)
     stage = launch.zero_stage(launch.resolve_zero(config.run.zero))
     sections = [
         ("Configuration", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()),
-        ("Batch", _batch_lines(config, str(plan), plan.micro_batch * world_size)),
+        ("Batch", _batch_lines(config, plan)),
     ]
     try:
         reports = count_parts(config)
@@ -50,6 +61,8 @@ def explain(path: str, overrides: Sequence[str] = (), world_size: int = 1) -> st
     else:
         sections.append(("Parts", describe(reports)))
         sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage)))
+        if isinstance(config, PretrainConfig):
+            sections += _cost_sections(config, reports, stage, scale, device)
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
@@ -77,37 +90,56 @@ def memory_table(reports: Sequence[PartReport], precision: str, world_size: int,
         stage: The preset's stage, marked in the table; ``None`` without DeepSpeed.
     """
     trained, total = trained_and_total(reports)
-    for_weights, for_gradients, for_optimizer = BYTES[precision]
     lines = [f"  {'stage':<6} {'weights':>10} {'gradients':>10} {'optimiser':>10} {'sum':>10}   (activations apart)"]
     for number in range(4):
         if number == 0 and precision == "bf16":
             continue
-        shared = [world_size if number >= least else 1 for least in (3, 2, 1)]
-        sizes = [
-            total * for_weights / shared[0],
-            trained * for_gradients / shared[1],
-            trained * for_optimizer / shared[2],
-        ]
+        sizes = list(state_bytes(trained, total, precision, number, world_size).values())
         mark = "  <- this preset" if number == stage or (stage is None and number == 0) else ""
         lines.append(f"  {number:<6} " + " ".join(f"{_size(value):>10}" for value in [*sizes, sum(sizes)]) + mark)
     return "\n".join(lines)
 
 
-def _batch_lines(config: AnyConfig, plan: str, at_once: int) -> str:
+def _cost_sections(
+    config: PretrainConfig, reports: Sequence[PartReport], stage: int | None, scale: Sequence[int], device: str
+) -> list[tuple[str, str]]:
+    """Return what an image costs, and what a step does on so many devices."""
+    from cloc_mllm.training.costs import image_cost
+
+    cost = image_cost(config, lambda: _encoder(config))
+    sections = [("An image, forward, and bytes kept for the backward pass", _cost_table(cost))]
+    if scale:
+        chosen, (trained, total) = DEVICES[device], trained_and_total(reports)
+        estimates = [estimate(config, cost, trained, total, stage, count, chosen) for count in scale]
+        reached = f"{chosen.utilisation:.0%} of {chosen.tflops:g} TFLOP/s reached"
+        sections.append((f"On {chosen.name} ({reached}), a device", table(estimates)))
+    return sections
+
+
+def _cost_table(cost: ImageCost) -> str:
+    lines = [f"  {part.name:<18} {part.flops / 1e9:>8.2f} GFLOP {_size(part.kept):>11}" for part in cost.parts]
+    lines.append(f"  {'sum':<18} {cost.forward_flops / 1e9:>8.2f} GFLOP {_size(cost.kept):>11}")
+    again = f", and {_size(cost.recomputed)} made anew at a time" if cost.recomputed else ""
+    lines.append(f"  forward and backward {cost.step_flops / 1e9:.2f} GFLOP{again}")
+    return "\n".join(lines)
+
+
+def _batch_lines(config: AnyConfig, plan: BatchPlan) -> str:
     length = f"{config.run.steps:,} steps" if config.run.steps else f"{config.run.epochs:g} epochs"
     lines = [f"  {plan}", f"  {length}"]
     if config.run.steps:
         lines[-1] += f", {config.run.steps * config.run.batch_size:,} samples seen"
     if isinstance(config, PretrainConfig):
-        lines.append(f"  every image is contrasted with {at_once - 1} others (accumulation adds no negatives)")
+        together = plan.global_batch if config.objective.grad_cache else plan.micro_batch * plan.world_size
+        how = "all of the step's" if together == plan.global_batch else "accumulation adds no negatives"
+        lines.append(f"  every image is contrasted with {together - 1:,} others ({how})")
     return "\n".join(lines)
 
 
-def _encoder(config: PretrainConfig) -> nn.Module:
+def _encoder(config: PretrainConfig) -> ClocModel:
     from transformers import CLIPConfig
 
     from cloc_mllm.models.configuration_cloc import ClocConfig
-    from cloc_mllm.models.modeling_cloc import ClocModel
     from cloc_mllm.training.encoder import require_model_type
 
     kind, _, path = config.model.init.partition(":")

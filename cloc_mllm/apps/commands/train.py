@@ -8,6 +8,7 @@ EPILOG = """\
 examples:
   cloc-mllm train explain --config train/configs/pretrain_quick.yaml
   cloc-mllm train explain --config train/configs/instruct_quick.yaml --world-size 8 run.zero=3 parts.llm=lora
+  cloc-mllm train explain --config train/configs/pretrain_quick.yaml run.batch_size=1024 --scale 8 64 --device a100
 
 To train, use the launcher: deepspeed --num_gpus N train/pretrain_cloc.py --config X.yaml [key=value ...]"""
 
@@ -30,6 +31,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     explain.add_argument("--config", required=True, metavar="X.yaml", help="the preset")
     explain.add_argument("--world-size", type=int, default=1, metavar="N", help="processes to plan for (default: 1)")
+    explain.add_argument(
+        "--scale",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="pre-training: estimate memory, traffic and step time on so many devices",
+    )
+    explain.add_argument("--device", choices=("a100", "h100"), default="h100", help="which devices (default: h100)")
     explain.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for the programs in train/")
     explain.set_defaults(run=run)
 
@@ -44,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
 
     from cloc_mllm.training.explain import explain
 
-    print(explain(args.config, args.overrides, args.world_size))
+    print(explain(args.config, args.overrides, args.world_size, args.scale, args.device))
     return 0
