@@ -15,7 +15,6 @@ from torch import nn
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
 from cloc_mllm.training.config import AnyConfig, PretrainConfig, load_config, plan_batch
-from cloc_mllm.training.encoder import encoder_config, prompter_config
 from cloc_mllm.training.parts import PartReport, apply_parts, describe, trained_and_total
 
 GIB = 2**30
@@ -104,31 +103,10 @@ def _batch_lines(config: AnyConfig, plan: str, at_once: int) -> str:
 
 
 def _encoder(config: PretrainConfig) -> nn.Module:
-    from transformers import CLIPConfig
-
-    from cloc_mllm.models.configuration_cloc import ClocConfig
     from cloc_mllm.models.modeling_cloc import ClocModel
-    from cloc_mllm.training.encoder import require_model_type
+    from cloc_mllm.training.encoder import planned_config
 
-    kind, _, path = config.model.init.partition(":")
-    if kind == "cloc":
-        require_model_type(path, "cloc")
-        return ClocModel(ClocConfig.from_pretrained(path))
-    if kind == "clip":
-        try:
-            clip = CLIPConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ClocError(f"cannot be read as a CLIP configuration: {error}", file=path) from error
-        prompter = prompter_config(config.model, clip.vision_config.hidden_size, clip.projection_dim)
-        return ClocModel(
-            ClocConfig(
-                vision_config=clip.vision_config,
-                text_config=clip.text_config,
-                prompter_config=prompter,
-                projection_dim=clip.projection_dim,
-            )
-        )
-    return ClocModel(encoder_config(config.model, config.tokenizer))
+    return ClocModel(planned_config(config))
 
 
 def _mllm(config: AnyConfig) -> nn.Module:

@@ -29,6 +29,7 @@ from cloc_mllm.objectives import (
 from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
+from cloc_mllm.training.parts import TEMPERATURES
 from cloc_mllm.training.trainer import ClocTrainer
 
 MODEL_INPUTS = (
@@ -54,7 +55,7 @@ class PretrainTrainer(ClocTrainer):
         self.objective = config.objective
         self.max_regions = config.data.max_regions
         # CLIP's bounds: multipliers from 1 to the cap.
-        self.clamped_parts = (("temperatures", 0.0, model.config.logit_scale_max),)
+        self.clamped_parts = tuple((part, 0.0, model.config.logit_scale_max) for part in TEMPERATURES)
         self._validated: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._replays: list[Replay] = []
         super().__init__(config, *args, model=model, **kwargs)

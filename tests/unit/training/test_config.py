@@ -96,7 +96,7 @@ def test_none_is_no_deepspeed() -> None:
         ("optim.lr=fast", r"'optim\.lr' is 'fast'"),
         ("model.patch_size=15", "not a multiple of patch_size 15"),
         ("model.vision.num_attention_heads=5", "not a multiple of 5 heads"),
-        ("model.init=magic", "'magic' is not one of scratch, clip:PATH, cloc:PATH"),
+        ("model.init=magic", "'magic' is not one of scratch, clip:PATH, siglip:PATH, cloc:PATH"),
         ("parts.vision_tower=lora", "lora' is not supported"),
         ("parts.vision_towr=full", r"did you mean 'parts\.vision_tower'\?"),
         ("objective.extra_captions=true", r"set model\.prompter=null"),
