@@ -47,8 +47,9 @@ def explain(path: str, overrides: Sequence[str] = (), world_size: int = 1) -> st
         # A preset may name the export of a stage that has not been run yet.
         sections.append(("Parts", f"unknown until this is there: {error}"))
     else:
+        ema = config.optim.ema is not None
         sections.append(("Parts", describe(reports)))
-        sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage)))
+        sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage, ema)))
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
@@ -66,7 +67,9 @@ def count_parts(config: AnyConfig) -> list[PartReport]:
         return apply_parts(model, config.parts, config.optim)[1]
 
 
-def memory_table(reports: Sequence[PartReport], precision: str, world_size: int, stage: int | None) -> str:
+def memory_table(
+    reports: Sequence[PartReport], precision: str, world_size: int, stage: int | None, ema: bool = False
+) -> str:
     """Return weights, gradients and optimiser state a process holds at each ZeRO stage, activations apart.
 
     Args:
@@ -74,9 +77,11 @@ def memory_table(reports: Sequence[PartReport], precision: str, world_size: int,
         precision: `fp32` or `bf16`.
         world_size: Number of processes the states are shared over.
         stage: The preset's stage, marked in the table; ``None`` without DeepSpeed.
+        ema: Whether the optimiser keeps an average of the weights too.
     """
     trained, total = trained_and_total(reports)
     for_weights, for_gradients, for_optimizer = BYTES[precision]
+    for_optimizer += 4 * ema
     lines = [f"  {'stage':<6} {'weights':>10} {'gradients':>10} {'optimiser':>10} {'sum':>10}   (activations apart)"]
     for number in range(4):
         if number == 0 and precision == "bf16":
@@ -98,7 +103,10 @@ def _batch_lines(config: AnyConfig, plan: str, at_once: int) -> str:
     if config.run.steps:
         lines[-1] += f", {config.run.steps * config.run.batch_size:,} samples seen"
     if isinstance(config, PretrainConfig):
-        lines.append(f"  every image is contrasted with {at_once - 1} others (accumulation adds no negatives)")
+        cached = config.objective.grad_cache
+        others = (config.run.batch_size if cached else at_once) - 1
+        how = "of the whole batch" if cached else "of its micro-batch: objective.grad_cache is off"
+        lines.append(f"  every image is contrasted with {others:,} others, those {how}")
     return "\n".join(lines)
 
 

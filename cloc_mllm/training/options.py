@@ -73,6 +73,9 @@ class OptimOptions(Block):
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = option("cosine", "after the warm-up")
     warmup: NonNegative = option(0.0, "steps if 1 or more, else share of all steps")
     max_grad_norm: NonNegative = option(1.0, "gradient clipping; 0: none")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = option(
+        None, "decay of a moving average of the weights, which export/ then holds; null: none"
+    )
 
 
 PartMode = Literal["frozen", "full", "lora", "tokens"]
@@ -208,6 +211,24 @@ class TokenizerOptions(Block):
     corpus: list[str] | None = option(None, "data whose texts a tokenizer is trained on; null: data.train")
 
 
+class ZeroShotOptions(Block):
+    """Images with a class each, classified by the names of their classes at every validation."""
+
+    path: str = Field(description="a folder with a folder of pictures a class, or samples with 'image' and 'label'")
+    templates: list[str] = option(["a photo of a {}."], "texts of a class, averaged; {} is its name")
+    samples: Positive | None = option(1000, "images classified, spread evenly over the classes; null: all")
+
+    @field_validator("templates")
+    @classmethod
+    def _place_the_name(cls, value: list[str]) -> list[str]:
+        for template in value:
+            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+                raise ValueError(f"the template '{template}' must hold {{}} once, where the class's name goes")
+        if not value:
+            raise ValueError("give at least one template")
+        return value
+
+
 class RegionTextOptions(Block):
     """Region-text data for pre-training."""
 
@@ -215,6 +236,7 @@ class RegionTextOptions(Block):
     validation: str | None = option(None, "the same, for validation")
     max_regions: Positive = option(4, "regions sampled from an image each time it is seen (paper: 4)")
     validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+    zero_shot: ZeroShotOptions | None = option(None, "zero-shot classification at every validation; null: none")
 
 
 class PretrainObjective(Block):
