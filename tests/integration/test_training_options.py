@@ -19,7 +19,8 @@ from tests.harness import run_ranks
 pytestmark = pytest.mark.integration
 
 SIZES = tuple(word for word in TINY_ENCODER if word.startswith(("model.", "tokenizer.")))
-QUIET = ("run.log_every=1", "run.save_every=null", "run.log_to=[]", "optim.warmup=2", "data.max_regions=2")
+SILENT = ("run.log_every=1", "run.save_every=null", "run.eval_every=null", "run.log_to=[]")
+QUIET = (*SILENT, "optim.warmup=2", "data.max_regions=2")
 
 
 @pytest.fixture(scope="module")
