@@ -98,7 +98,7 @@ def _exchange(averaged: list[tuple[torch.Tensor, torch.Tensor]], engine: Any) ->
         kept = weight.detach().clone()
         weight.data.copy_(average)
         average.copy_(kept)
-    sharded = getattr(engine, "optimizer", None)
+    sharded: Any = getattr(engine, "optimizer", None)
     if hasattr(sharded, "fp32_partitioned_groups_flat"):  # ZeRO-3
         for number in range(len(sharded.fp32_partitioned_groups_flat)):
             sharded._reassign_or_swap_out_partitioned_parameters(number)

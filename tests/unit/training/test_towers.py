@@ -21,6 +21,7 @@ from cloc_mllm.training.parts import apply_parts
 from cloc_mllm.training.phrases import PhraseEmbedder
 from tests.builders import noise_image, save_tiny_siglip, tiny_cloc_config, tiny_tokenizer
 from tests.builders_mllm import tiny_mllm
+from tests.builders_training import CONFIGS
 
 ALONE = World(0, 0, 1, 1, True)
 SIGMOID = ("objective.contrast=sigmoid", "model.logit_bias_init=-10")
@@ -88,6 +89,20 @@ def test_what_comes_from_the_checkpoint_and_what_is_new(tmp_path: Path, siglip: 
     apply_parts(model, configured(tmp_path).parts, configured(tmp_path).optim)
     with pytest.raises(ClocError, match=r"multiply cosines by 117\.9, more than model.logit_scale_max"):
         started(tmp_path, *SIGMOID, "model.logit_scale_max=100")
+
+
+def test_frozen_towers_run_without_a_graph(tmp_path: Path, siglip: SiglipModel) -> None:
+    model, processor = started(tmp_path, *SIGMOID)
+    shipped = load_config(CONFIGS / "prompter_only.yaml")
+    assert isinstance(shipped, PretrainConfig)
+    apply_parts(model, shipped.parts, shipped.optim)
+    inputs = dict(processor(images=[noise_image()], text=["a ring"], input_boxes=[[[2, 3, 20, 21]]]))
+    texts = {f"region_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
+    output = model.train()(**inputs, **texts)
+    for name in ("image_embeds", "text_embeds", "region_text_embeds", "logit_scale", "logit_bias"):
+        assert getattr(output, name).grad_fn is None, f"{name} carries a graph"
+    for name in ("region_embeds", "pred_boxes", "region_logit_scale", "region_logit_bias"):
+        assert getattr(output, name).grad_fn is not None, f"{name} cannot be learnt"
 
 
 def test_with_the_softmax_loss_there_is_no_bias(tmp_path: Path, siglip: SiglipModel) -> None:
