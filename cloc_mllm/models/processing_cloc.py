@@ -82,12 +82,12 @@ class ClocProcessor(ProcessorMixin):
     def tokenize(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``attention_mask``, padded on the right to the longest text, cut at ``max_length``.
 
-        With ``fixed_length``, padded to ``max_length``, and the mask leaves nothing out.
+        With ``fixed_length``, padded to ``max_length`` on the tokenizer's own side, and the mask leaves nothing out.
         """
         encoded = self.tokenizer(
             [text.lower() if self.lower_case else text for text in texts],
             padding="max_length" if self.fixed_length else True,
-            padding_side="right",
+            padding_side=self.tokenizer.padding_side if self.fixed_length else "right",
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
