@@ -9,11 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import T5Tokenizer
+from transformers import SiglipModel, T5Tokenizer
 
-from cloc_mllm.training.encoder import load_encoder
+from cloc_mllm.training.config import PretrainConfig, load_config
+from cloc_mllm.training.encoder import build_encoder, load_encoder
+from cloc_mllm.training.launch import World
+from cloc_mllm.training.mllm import load_mllm
 from tests.builders import save_tiny_siglip, tiny_cloc
-from tests.builders_training import CONFIGS, TINY_ENCODER, losses, metrics, run_program, write_regions
+from tests.builders_training import (
+    CONFIGS,
+    TINY_ENCODER,
+    TINY_LLM,
+    TINY_MLLM,
+    losses,
+    metrics,
+    run_program,
+    write_regions,
+)
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -193,3 +205,28 @@ def test_a_preset_of_the_papers_size_shrunk_runs_on_a_tokenizer_of_its_own(data:
     _, processor = load_encoder(run / "export")
     assert isinstance(processor.tokenizer, T5Tokenizer)
     assert len(losses(run)) == 3
+
+
+def test_a_language_model_is_aligned_behind_a_siglip_tower_and_averaged(data: Path, tmp_path: Path) -> None:
+    """Adapters on the LLM, averaged over shards, and merged into both exports."""
+    save_tiny_siglip(tmp_path / "siglip")
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"stage: pretrain\nrun: {{steps: 1}}\ndata: {{train: {data}}}\n")
+    config = load_config(preset, [f"model.init=siglip:{tmp_path / 'siglip'}"])
+    assert isinstance(config, PretrainConfig)
+    for part in build_encoder(config, World(0, 0, 1, 1, True)):
+        part.save_pretrained(tmp_path / "encoder")
+    argv = ["--config", str(CONFIGS / "align_quick.yaml"), *TINY_MLLM, *TINY_LLM, f"data.train={data}"]
+    argv += [f"model.encoder={tmp_path / 'encoder'}", f"run.output={tmp_path / 'run'}", "run.steps=3", "run.zero=2"]
+    argv += ["run.batch_size=4", "parts.llm=lora", "optim.ema=0.9", "optim.lr=1e-2"]
+    run_ranks(run_program, 2, "align", argv, init_group=False, timeout=200)
+    (model, processor), (raw, _) = (load_mllm(tmp_path / "run" / name) for name in ("export", "export_raw"))
+    assert model.config.vision_feature_select_strategy == "full"
+    assert processor.num_image_tokens == 16
+    before = SiglipModel.from_pretrained(tmp_path / "siglip").vision_model.state_dict()
+    averaged, last = model.state_dict(), raw.state_dict()
+    for name, value in before.items():
+        assert torch.equal(averaged[f"model.vision_tower.{name}"], value), name
+    moved = {name for name in averaged if not torch.equal(averaged[name], last[name])}
+    for part in ("language_model", "multi_modal_projector", "region_projector"):
+        assert any(part in name for name in moved), part
