@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+)
 
 from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
 from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
@@ -76,6 +87,46 @@ def tiny_cloc(
     tokenizer = tiny_tokenizer()
     model = ClocModel(tiny_cloc_config(tokenizer, kind=kind, pooling=pooling)).eval()
     return model, ClocProcessor(ClocImageProcessor(size=32, resize_mode=resize_mode), tokenizer)
+
+
+def save_tiny_siglip(folder: Path, *, image_size: int = 32, length: int = 24, seed: int = 0) -> SiglipModel:
+    """Write a tiny SigLIP with tokenizer and image processor, all weights random, biases too; returned in eval mode."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    model = SiglipModel(
+        SiglipConfig(
+            vision_config=SiglipVisionConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=image_size,
+                patch_size=8,
+            ).to_dict(),
+            text_config=SiglipTextConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=length,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            ).to_dict(),
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.logit_scale.fill_(4.77)  # as google/siglip-base-patch16-224 has learnt: above CLIP's cap
+        model.logit_bias.fill_(-12.9)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    square = {"height": image_size, "width": image_size}
+    half = [0.5] * 3
+    CLIPImageProcessorPil(size=square, crop_size=square, image_mean=half, image_std=half).save_pretrained(folder)
+    return model
 
 
 def noise_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch.nn import functional
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.geometry import Geometry
@@ -168,12 +168,17 @@ class ClocEncoder:
         return isinstance(self.model.vision_model, CLIPVisionModel)
 
     def _project_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Send patch tokens the way the pooled token goes: post-norm (where the tower leaves it out), projection."""
+        """Send patch tokens the way the pooled token goes: post-norm (where the tower leaves it out), projection.
+
+        SigLIP pools by attention: a patch token alone in its pool is what the whole would be, were all patches like it.
+        """
         tower = self.model.vision_model
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         patches = tokens[:, -side * side :]
         if self.is_clip_tower:
             patches = tower.post_layernorm(patches)
+        elif isinstance(tower, SiglipVisionModel):
+            patches = tower.head(patches.flatten(0, 1)[:, None]).unflatten(0, patches.shape[:2])
         return self.model.visual_projection(patches).float()
 
     @torch.no_grad()

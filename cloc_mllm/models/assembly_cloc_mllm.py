@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_cloc import ClocPrompterConfig
-from .configuration_cloc_mllm import CONTROL_TOKENS, ClocMllmConfig
+from .configuration_cloc import ClocPrompterConfig, has_class_token
+from .configuration_cloc_mllm import CONTROL_TOKENS, ClocMllmConfig, feature_strategy
 
 if TYPE_CHECKING:
     from .modeling_cloc import ClocModel
@@ -47,6 +47,7 @@ def assemble(
     if grounding_init not in ("encoder", "new"):
         raise ValueError(f"grounding_init is {grounding_init!r}, not one of encoder, new")
     ids = control_ids(tokenizer)
+    asked = llava.pop("vision_feature_select_strategy", None)
     config = ClocMllmConfig(
         vision_config=copy.deepcopy(encoder.config.vision_config),
         text_config=copy.deepcopy(llm.config),
@@ -57,6 +58,7 @@ def assemble(
         image_token_index=ids["<image>"],
         region_token_index=ids["<region>"],
         ground_token_index=ids["<ground>"],
+        vision_feature_select_strategy=feature_strategy(encoder.config.vision_config, asked),
         **llava,
     )
     config.image_seq_length = _visual_tokens(encoder, config)
@@ -94,7 +96,10 @@ def prompter_like(encoder: ClocModel, kind: str) -> ClocPrompterConfig:
     if own is not None:
         return ClocPrompterConfig.from_dict({**own.to_dict(), "kind": kind})
     return ClocPrompterConfig(
-        hidden_size=encoder.config.vision_config.hidden_size, projection_dim=encoder.config.projection_dim, kind=kind
+        hidden_size=encoder.config.vision_config.hidden_size,
+        projection_dim=encoder.config.projection_dim,
+        kind=kind,
+        has_class_token=has_class_token(encoder.config.vision_config),
     )
 
 

@@ -8,6 +8,14 @@ from transformers.configuration_utils import SubConfigSpec
 
 # No `from __future__ import annotations` here: transformers' strict configurations read the annotations at run time.
 
+# SigLIP pools by an attention head, so that all of its tokens are patches.
+TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model",)
+
+
+def has_class_token(vision_config: PreTrainedConfig) -> bool:
+    """Whether a tower's first token is a class token, which has no place in the grid of patches."""
+    return vision_config.model_type not in TOWERS_WITHOUT_CLASS_TOKEN
+
 
 @strict
 class ClocPrompterConfig(PreTrainedConfig):
@@ -76,6 +84,7 @@ class ClocVisionConfig(PreTrainedConfig):
         vision_config: Any vision tower transformers' Auto classes know; default a CLIP ViT-B/16 at 224.
         prompter_config: The Prompter, or ``None`` for a plain tower.
         projection_dim: Dimension of the shared embedding space.
+        has_projections: Whether a matrix takes the tower's pooled output to the shared space; see :class:`ClocConfig`.
     """
 
     model_type = "cloc_vision"
@@ -87,6 +96,7 @@ class ClocVisionConfig(PreTrainedConfig):
     vision_config: Any = None  # a configuration, a dictionary of one, or None
     prompter_config: Any = None  # a configuration, a dictionary of one, or None
     projection_dim: int = 512
+    has_projections: bool = True
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -111,6 +121,8 @@ class ClocConfig(PreTrainedConfig):
         prompter_config: The Prompter and BoxHead. ``None`` makes the model a plain CLIP, the baseline CLOC is
             compared with: the same class, the same programs, one part less.
         projection_dim: Dimension of the shared embedding space.
+        has_projections: Whether a matrix takes each tower's pooled output to the shared space, as in CLIP. ``False``:
+            the towers' own heads end there, as in SigLIP.
         logit_scale_init_value: Logarithm of both initial temperatures' inverses. CLIP's value is ln(1/0.07); the
             region temperature is its own parameter (ours, the paper is silent).
         logit_scale_max: Largest logarithm allowed (CLIP: ln 100).
@@ -129,6 +141,7 @@ class ClocConfig(PreTrainedConfig):
     text_config: Any = None  # a configuration, a dictionary of one, or None
     prompter_config: Any = None  # a configuration, a dictionary of one, or None
     projection_dim: int = 512
+    has_projections: bool = True
     logit_scale_init_value: float = 2.6592
     logit_scale_max: float = 4.6052
     logit_bias_init_value: float | None = None
@@ -143,7 +156,14 @@ class ClocConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """The Prompter must be as wide as the tower and end in the shared space."""
+        """Everything must end in the shared space, and the Prompter be as wide as the tower."""
+        if not self.has_projections:
+            ends = (self.vision_config.hidden_size, getattr(self.text_config, "projection_size", None))
+            if ends != (self.projection_dim,) * 2:
+                raise ValueError(
+                    f"without projections the towers must end in the {self.projection_dim} dimensions of the shared "
+                    f"space, not in {ends[0]} (images) and {ends[1]} (texts)"
+                )
         prompter = self.prompter_config
         if prompter is None or isinstance(prompter, dict):
             return
@@ -153,6 +173,11 @@ class ClocConfig(PreTrainedConfig):
         if prompter.projection_dim != self.projection_dim:
             raise ValueError(
                 f"the Prompter projects to {prompter.projection_dim} dimensions, the model to {self.projection_dim}"
+            )
+        if prompter.has_class_token and not has_class_token(self.vision_config):
+            raise ValueError(
+                f"a tower of type '{self.vision_config.model_type}' has no class token: set the Prompter's "
+                "has_class_token to false"
             )
 
     @property

@@ -4,13 +4,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_cloc import ClocPrompterConfig
+from .configuration_cloc import ClocPrompterConfig, has_class_token
 
 # No `from __future__ import annotations` here: transformers' strict configurations read the annotations at run time.
 
 CONTROL_TOKENS = ("<image>", "<region>", "<ground>")
 REGION_ENCODERS = ("none", "prompter", "roi_align")
 GROUNDING_MODES = ("text", "head")
+
+
+def feature_strategy(vision_config: PreTrainedConfig, asked: str | None) -> str:
+    """Which of the tower's tokens the language model sees: as asked for, or all patches and nothing else."""
+    return asked or ("default" if has_class_token(vision_config) else "full")
 
 
 @strict

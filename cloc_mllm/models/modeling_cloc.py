@@ -13,15 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModel, CLIPModel, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    AutoModel,
+    CLIPModel,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_cloc import ClocConfig, ClocPrompterConfig, ClocVisionConfig
 from .grid_search import GridSearch
 from .patch_dropout import choose_patches, reading_only
+from .position_embeddings import fit_positions
 from .prompter import BoxHead, ClocPrompter, ImageSide, PromptTable, RoiAlignPooler, grid_centers
 from .text_buckets import encode_in_buckets
+
+SIGLIP_LOGIT_SCALE_MAX = 6.9078
+"""ln 1000. SigLIP has no cap, and its checkpoints have learnt multipliers above CLIP's cap of 100."""
+SIGLIP_LOGIT_BIAS = -10.0
+"""What SigLIP's bias starts from (arXiv 2303.15343)."""
 
 
 @dataclass
@@ -89,6 +104,18 @@ def _as_float(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.float() * 1.0
 
 
+def build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The text encoder of a configuration; SigLIP's is not among those that transformers' Auto classes know."""
+    if isinstance(config, SiglipTextConfig):
+        return SiglipTextModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def build_projection(config: ClocConfig | ClocVisionConfig, width: int) -> nn.Module:
+    """A tower's way from its pooled output to the shared space; nothing at all where its own head ends there."""
+    return nn.Linear(width, config.projection_dim, bias=False) if config.has_projections else nn.Identity()
+
+
 def build_region_encoder(config: ClocPrompterConfig) -> ClocPrompter | RoiAlignPooler:
     """The Prompter, or RoI-Align in its place, as ``config.kind`` says."""
     return ClocPrompter(config) if config.kind == "prompter" else RoiAlignPooler(config)
@@ -120,10 +147,9 @@ class ClocModel(ClocPreTrainedModel):
     def __init__(self, config: ClocConfig) -> None:
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
-        self.text_model = AutoModel.from_config(config.text_config)
-        dim = config.projection_dim
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, dim, bias=False)
+        self.text_model = build_text_model(config.text_config)
+        self.visual_projection = build_projection(config, config.vision_config.hidden_size)
+        self.text_projection = build_projection(config, config.text_config.hidden_size)
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init_value))
         # How training saves work; a trainer sets them, a checkpoint does not carry them.
         self.patch_dropout, self.text_buckets, self.text_multiple_of = 0.0, 1, 1
@@ -169,11 +195,49 @@ class ClocModel(ClocPreTrainedModel):
             projection_dim=clip.config.projection_dim,
         )
         model = cls(config).to(clip.dtype)
-        for name in ("vision_model", "text_model", "visual_projection", "text_projection"):
-            getattr(model, name).load_state_dict(getattr(clip, name).state_dict())
-        with torch.no_grad():
-            model.logit_scale.fill_(float(clip.logit_scale))
+        model.copy_towers(clip)
         return model
+
+    @classmethod
+    def from_siglip(cls, siglip: SiglipModel, prompter_config: ClocPrompterConfig | None = None) -> ClocModel:
+        """Start from a trained SigLIP, or a SigLIP2 of fixed resolution; the Prompter, if asked for, is new.
+
+        Args:
+            siglip: Any ``SiglipModel``; its weights are copied, temperature and bias too.
+            prompter_config: The Prompter; made for a tower without class token.
+        """
+        text = siglip.config.text_config
+        config = ClocConfig(
+            vision_config=siglip.config.vision_config,
+            text_config=text,
+            prompter_config=prompter_config,
+            projection_dim=text.projection_size,
+            has_projections=False,
+            logit_scale_max=SIGLIP_LOGIT_SCALE_MAX,
+            logit_bias_init_value=SIGLIP_LOGIT_BIAS,
+        )
+        model = cls(config).to(siglip.dtype)
+        model.copy_towers(siglip)
+        return model
+
+    @torch.no_grad()
+    def copy_towers(self, source: CLIPModel | SiglipModel) -> None:
+        """Take both towers, and the image-text temperature and bias, from a trained model.
+
+        The tower's position embeddings are interpolated where this model's frame has another number of patches. The
+        bias is left where this model has none: the softmax loss does not see it.
+
+        Args:
+            source: A model whose towers are those of this configuration.
+        """
+        for name in ("vision_model", "text_model", "visual_projection", "text_projection"):
+            part = getattr(source, name, None)
+            if part is not None:
+                mine = getattr(self, name)
+                mine.load_state_dict(fit_positions(part.state_dict(), mine))
+        self.logit_scale.fill_(float(source.logit_scale))
+        if self.logit_bias is not None and getattr(source, "logit_bias", None) is not None:
+            self.logit_bias.fill_(float(source.logit_bias))
 
     def require_prompter(self) -> ClocPrompter | RoiAlignPooler:
         """The region encoder.
@@ -460,7 +524,7 @@ class ClocVisionModel(ClocPreTrainedModel):
     def __init__(self, config: ClocVisionConfig) -> None:
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = build_projection(config, config.vision_config.hidden_size)
         has_prompter = config.prompter_config is not None
         self.prompter = build_region_encoder(config.prompter_config) if has_prompter else None
         self.post_init()
@@ -472,6 +536,7 @@ class ClocVisionModel(ClocPreTrainedModel):
             vision_config=model.config.vision_config,
             prompter_config=model.config.prompter_config,
             projection_dim=model.config.projection_dim,
+            has_projections=model.config.has_projections,
         )
         vision = cls(config).to(model.dtype)
         for name in ("vision_model", "visual_projection", "prompter"):

@@ -375,7 +375,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         region_encoder: str = "prompter",
         grounding: str = "head",
         vision_feature_layer: int | list[int] = -2,
-        vision_feature_select_strategy: str = "default",
+        vision_feature_select_strategy: str | None = None,
         projector_hidden_act: str = "gelu",
         prompter_config: ClocPrompterConfig | None = None,
         grounding_config: ClocPrompterConfig | None = None,
@@ -392,7 +392,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             grounding: ``head`` or ``text``.
             vision_feature_layer: Layer(s) of the tower the language model sees (LLaVA: the last but one). The Prompter
                 and the head always read the last.
-            vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
+            vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps every token; ``None``:
+                the patches, whether the tower has a class token or not.
             projector_hidden_act: Activation of LLaVA's projector.
             prompter_config: The region encoder, where the encoder has none of that kind.
             grounding_config: The head's Prompter and BoxHead, where they should differ from the encoder's.

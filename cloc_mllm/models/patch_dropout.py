@@ -59,14 +59,15 @@ def reading_only(tower: nn.Module, patches: torch.Tensor) -> Iterator[None]:
         tower: A CLIP or SigLIP vision model: whatever turns images to tokens in a sub-module ``embeddings``.
         patches: ``(B, K)`` indices of the patches to keep.
     """
+    embeddings: nn.Module = tower.get_submodule("embeddings")
     keep = patches
-    if hasattr(tower.embeddings, "class_embedding"):
+    if hasattr(embeddings, "class_embedding"):
         keep = torch.nn.functional.pad(patches + 1, (1, 0))  # the class token is number 0
 
     def select(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
 
-    handle = tower.embeddings.register_forward_hook(select)
+    handle = embeddings.register_forward_hook(select)
     try:
         yield
     finally:

@@ -21,6 +21,8 @@ class ClocProcessor(ProcessorMixin):
         tokenizer: The text encoder's tokenizer.
         max_length: Longest text in tokens; longer ones are cut (paper: 77).
         lower_case: Whether texts are lower-cased first (paper: yes).
+        fixed_length: Whether every text is padded to ``max_length`` and its padding attended to. SigLIP's text encoder
+            was trained so and is read at the last position: a trimmed text would have another embedding.
     """
 
     def __init__(
@@ -29,9 +31,11 @@ class ClocProcessor(ProcessorMixin):
         tokenizer: Any = None,
         max_length: int = 77,
         lower_case: bool = True,
+        fixed_length: bool = False,
         **kwargs: Any,
     ) -> None:
         self.max_length = max_length
+        self.fixed_length = fixed_length
         self.lower_case = lower_case
         super().__init__(image_processor, tokenizer, **kwargs)
 
@@ -76,16 +80,20 @@ class ClocProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``attention_mask``, padded on the right to the longest text, cut at ``max_length``."""
+        """``input_ids`` and ``attention_mask``, padded on the right to the longest text, cut at ``max_length``.
+
+        With ``fixed_length``, padded to ``max_length`` on the tokenizer's own side, and the mask leaves nothing out.
+        """
         encoded = self.tokenizer(
             [text.lower() if self.lower_case else text for text in texts],
-            padding=True,
-            padding_side="right",
+            padding="max_length" if self.fixed_length else True,
+            padding_side=self.tokenizer.padding_side if self.fixed_length else "right",
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if self.fixed_length else mask}
 
     def geometry(self, image: ImageSource) -> Geometry:
         """How ``image`` lies in the model frame."""

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from .answer_text import AnswerText, read_answer
 from .boxes import BoxCodec
 from .chat_template import IGNORED, build_chat_template, chat_style, fence, render_chat, tokenize_chat, unfence
-from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES
+from .configuration_cloc import has_class_token
+from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, feature_strategy
 from .conversation_cloc_mllm import (
     REGION_FORMATS,
     Conversation,
@@ -95,7 +96,7 @@ class ClocMllmProcessor(LlavaProcessor):
         tokenizer: PreTrainedTokenizerBase,
         vision_config: Any,
         *,
-        vision_feature_select_strategy: str = "default",
+        vision_feature_select_strategy: str | None = None,
         region_format: str = "token",
         grounding: str = "head",
         box_mode: str = "norm1000",
@@ -135,9 +136,9 @@ class ClocMllmProcessor(LlavaProcessor):
             image_processor,
             tokenizer,
             patch_size=vision_config.patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
+            vision_feature_select_strategy=feature_strategy(vision_config, vision_feature_select_strategy),
             chat_template=chat_template,
-            num_additional_image_tokens=0 if "siglip" in vision_config.model_type else 1,
+            num_additional_image_tokens=int(has_class_token(vision_config)),
             region_format=region_format,
             grounding=grounding,
             box_mode=box_mode,

@@ -54,6 +54,15 @@ class _StageConfig(Block):
             )
         return self
 
+    @model_validator(mode="after")
+    def _validation_needs_samples(self) -> _StageConfig:
+        data: Any = getattr(self, "data", None)
+        if data is not None and data.validation is None:
+            for key, value in (("run.eval_every", self.run.eval_every), ("data.zero_shot", _zero_shot_of(data))):
+                if value is not None:
+                    raise ValueError(f"'{key}' is set, but there is nothing to validate on: set data.validation")
+        return self
+
 
 class PretrainConfig(_StageConfig):
     """Configuration of `train/pretrain_cloc.py`."""
@@ -322,6 +331,10 @@ def _block_of(annotation: Any) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def _zero_shot_of(data: Any) -> Any:
+    return data.zero_shot if isinstance(data, RegionTextOptions) else None
 
 
 def _refuse_adapters(parts: EncoderParts | MllmParts, whom: str, but: str = "") -> None:

@@ -66,11 +66,13 @@ class ImageCost:
         parts: The forward pass.
         step_flops: Operations forward and backward, recomputation included.
         recomputed: Bytes that the backward pass makes anew and holds at a time, with activation checkpointing.
+        embedding: Dimension of the shared space.
     """
 
     parts: tuple[PartCost, ...]
     step_flops: float
     recomputed: float
+    embedding: int
 
     @property
     def forward_flops(self) -> float:
@@ -92,13 +94,12 @@ def image_cost(config: PretrainConfig, build: Callable[[], ClocModel], *, fake: 
         fake: Whether tensors have no values; real ones give the same numbers, which a test makes use of.
     """
     with FakeTensorMode() if fake else nullcontext():
-        model = build().train()
+        with _default_dtype(torch.bfloat16 if config.run.precision == "bf16" else torch.float32):
+            model = build().train()  # fake weights cannot be converted afterwards
         apply_parts(model, config.parts, config.optim)
-        if config.run.precision == "bf16":
-            model = model.bfloat16()
         plain, total = _measure(model, config)
         if not config.run.activation_checkpointing:
-            return ImageCost(plain, total, 0.0)
+            return ImageCost(plain, total, 0.0, model.config.projection_dim)
         model.activation_checkpointing_enable()
         parts, total = _measure(model, config)
     layers = {
@@ -106,12 +107,24 @@ def image_cost(config: PretrainConfig, build: Callable[[], ClocModel], *, fake: 
         "captions": model.config.text_config.num_hidden_layers,
     }
     at_once = max(part.kept / layers.get(part.name, 1) for part in plain if part.name != "region texts")
-    return ImageCost(parts, total, at_once)
+    return ImageCost(parts, total, at_once, model.config.projection_dim)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new weights of this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _measure(model: ClocModel, config: PretrainConfig) -> tuple[tuple[PartCost, ...], float]:
     """Run forward, part by part, and backward."""
-    parts, outputs = [], []
+    parts: list[PartCost] = []
+    outputs: list[torch.Tensor] = []
     with _keeping(model) as kept, FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
         for name, output in _forward(model, config):
             flops = counter.get_total_flops() - sum(part.flops for part in parts)

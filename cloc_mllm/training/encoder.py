@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
+from cloc_mllm.models.configuration_cloc import ClocConfig
 from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.processing_cloc import ClocProcessor
@@ -19,6 +18,18 @@ from cloc_mllm.training import launch
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.options import EncoderModelOptions, TokenizerOptions
 from cloc_mllm.training.tokenizer import TEXT_TOKENS, build_tokenizer, corpus, train_text_tokenizer
+from cloc_mllm.training.towers import (
+    CLIP_LOGIT_SCALE_MAX,
+    FAMILIES,
+    image_statistics,
+    load_towers,
+    prompter_config,
+    require_complete,
+    resize_frame,
+    set_frame,
+    tower_config,
+    tower_tokenizer,
+)
 
 
 def build_encoder(config: PretrainConfig, world: launch.World) -> tuple[ClocModel, ClocProcessor]:
@@ -36,33 +47,81 @@ def build_encoder(config: PretrainConfig, world: launch.World) -> tuple[ClocMode
     """
     kind, _, path = config.model.init.partition(":")
     if kind == "cloc":
-        model, processor = load_encoder(path, want_prompter=config.model.prompter is not None)
-        return _with_biases(model, config), processor
-    if kind == "clip":
-        model, processor = _from_clip(path, config)
-        return _with_biases(model, config), processor
+        return _go_on(path, config)
+    if kind in FAMILIES:
+        return _from_towers(kind, path, config, world)
     tokenizer = build_tokenizer(
         config.tokenizer,
         lambda: train_text_tokenizer(corpus(config.tokenizer.corpus or config.data.train), config.tokenizer),
         Path(config.run.output) / "tokenizer",
         world,
     )
-    for name in ("bos_token", "eos_token", "pad_token"):
-        if getattr(tokenizer, name) is None:
-            raise ClocError(f"has no {name}, which the text encoder needs", file=config.tokenizer.path)
+    require_text_tokens(tokenizer, config.tokenizer.path)
     torch.manual_seed(config.run.seed)
     model = ClocModel(encoder_config(config.model, config.tokenizer, tokenizer))
     if config.model.position_init == "sincos":
         start_from_sincos_positions(model)
-    images = ClocImageProcessor(size=config.model.image_size, resize_mode=config.model.resize_mode)
+    images = ClocImageProcessor(size=config.model.frame_size, resize_mode=config.model.resize_mode)
     processor = ClocProcessor(
         images, tokenizer, max_length=config.tokenizer.max_length, lower_case=config.tokenizer.lowercase
     )
     return model.train(), processor
 
 
+def planned_config(config: PretrainConfig) -> ClocConfig:
+    """Return the configuration of the encoder a preset asks for, without reading weights or training a tokenizer.
+
+    Args:
+        config: The preset.
+
+    Raises:
+        ClocError: A checkpoint is missing or of another kind.
+    """
+    kind, _, path = config.model.init.partition(":")
+    if kind in FAMILIES:
+        return tower_config(kind, path, config.model)
+    if kind == "scratch":
+        return encoder_config(config.model, config.tokenizer)
+    require_model_type(path, "cloc")
+    planned: ClocConfig = ClocConfig.from_pretrained(path)
+    if config.model.image_size is not None:
+        set_frame(planned.vision_config, config.model.image_size, path)
+    if config.model.logit_bias_init is not None and planned.logit_bias_init_value is None:
+        planned.logit_bias_init_value = config.model.logit_bias_init
+    return planned
+
+
+def require_text_tokens(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    """Refuse a tokenizer that a CLIP text encoder from scratch cannot be trained with.
+
+    Args:
+        tokenizer: Any of transformers'; T5's, say, which has no token for the beginning of a text.
+        path: Where it is from, for the message.
+
+    Raises:
+        ClocError: It has no padding or no end of text, does not write that end, or has it at 2.
+    """
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise ClocError(f"has no {name}, which the text encoder needs", file=path)
+    end = tokenizer.eos_token_id
+    if end == 2:
+        raise ClocError(
+            "has its end of text at id 2, which transformers' CLIP takes as a sign of an old checkpoint: it would read "
+            "texts at their largest id instead",
+            file=path,
+            remedy="Use a tokenizer with another eos_token_id, such as T5's (1).",
+        )
+    if tokenizer("a")["input_ids"][-1] != end:
+        raise ClocError(
+            f"does not end texts with {tokenizer.eos_token}, where the text encoder reads them",
+            file=path,
+            remedy="Use a tokenizer that adds its eos_token, such as T5's or CLIP's.",
+        )
+
+
 def encoder_config(
-    options: EncoderModelOptions, text: TokenizerOptions, tokenizer: PreTrainedTokenizerFast | None = None
+    options: EncoderModelOptions, text: TokenizerOptions, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> ClocConfig:
     """Return the configuration of an encoder from scratch.
 
@@ -73,7 +132,7 @@ def encoder_config(
     """
     vision = CLIPVisionConfig(
         **options.vision.model_dump(),
-        image_size=options.image_size,
+        image_size=options.frame_size,
         patch_size=options.patch_size,
         projection_dim=options.projection_dim,
     )
@@ -90,10 +149,10 @@ def encoder_config(
     return ClocConfig(
         vision_config=vision,
         text_config=language,
-        prompter_config=prompter_config(options, vision.hidden_size, options.projection_dim),
+        prompter_config=prompter_config(options, vision, options.projection_dim),
         projection_dim=options.projection_dim,
         logit_scale_init_value=math.log(options.logit_scale_init),
-        logit_scale_max=math.log(options.logit_scale_max),
+        logit_scale_max=math.log(options.logit_scale_max or CLIP_LOGIT_SCALE_MAX),
         logit_bias_init_value=options.logit_bias_init,
     )
 
@@ -116,13 +175,6 @@ def start_from_sincos_positions(model: ClocModel, amplitude: float = 0.5) -> Non
     code = torch.cat([angle.sin(), angle.cos()], dim=-1)
     rows, columns = code[:, None].expand(side, side, -1), code[None].expand(side, side, -1)
     weight[1:, : 4 * waves] = amplitude * torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-
-def prompter_config(options: EncoderModelOptions, width: int, projection_dim: int) -> ClocPrompterConfig | None:
-    """Return the Prompter's configuration for a tower of this width; ``None`` for a plain CLIP."""
-    if options.prompter is None:
-        return None
-    return ClocPrompterConfig(**options.prompter.model_dump(), hidden_size=width, projection_dim=projection_dim)
 
 
 def load_encoder(path: str | Path, *, want_prompter: bool | None = None) -> tuple[ClocModel, ClocProcessor]:
@@ -173,27 +225,6 @@ def require_model_type(path: str | Path, model_type: str) -> None:
         raise ClocError(f"holds a model of type '{found}', not '{model_type}'", file=path)
 
 
-def require_complete(info: dict[str, Any], path: str | Path) -> None:
-    """Refuse a checkpoint that lacks weights of the model, or holds weights the model has no place for.
-
-    Args:
-        info: The loading info of `from_pretrained`.
-        path: The checkpoint, for the message.
-
-    Raises:
-        ClocError: Something is missing, unexpected, or of another shape.
-    """
-    for key, words in (
-        ("missing_keys", "lacks weights"),
-        ("unexpected_keys", "holds weights of another model"),
-        ("mismatched_keys", "holds weights of another shape"),
-    ):
-        names = sorted(str(name) for name in info.get(key) or [])
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ClocError(f"{words}: {', '.join(names[:3])}{more}", file=path)
-
-
 def _with_biases(model: ClocModel, config: PretrainConfig) -> ClocModel:
     """Give a finished encoder the biases of the sigmoid loss, if it is to be trained with that and has none.
 
@@ -212,17 +243,31 @@ def _with_biases(model: ClocModel, config: PretrainConfig) -> ClocModel:
     return model
 
 
-def _from_clip(path: str, config: PretrainConfig) -> tuple[ClocModel, ClocProcessor]:
-    """Start from a trained CLIP, a local folder or a hub name; the Prompter is new."""
-    try:
-        clip, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ClocError(f"cannot be loaded as a CLIP model: {error}", file=path) from error
-    require_complete(info, path)
-    vision = clip.config.vision_config
+def _go_on(path: str, config: PretrainConfig) -> tuple[ClocModel, ClocProcessor]:
+    """Go on from an encoder of this package, in another frame if the preset names one."""
+    model, processor = load_encoder(path, want_prompter=config.model.prompter is not None)
+    if config.model.image_size is not None:
+        model = resize_frame(model, config.model.image_size, path)
+        processor.image_processor.size = config.model.image_size
+    return _with_biases(model, config).train(), processor
+
+
+def _from_towers(kind: str, path: str, config: PretrainConfig, world: launch.World) -> tuple[ClocModel, ClocProcessor]:
+    """Start from a trained CLIP or SigLIP, a local folder or a hub name; the Prompter is new."""
+    family, planned = FAMILIES[kind], tower_config(kind, path, config.model)
+    tokenizer = tower_tokenizer(path)
     torch.manual_seed(config.run.seed)
-    model = ClocModel.from_clip(clip, prompter_config(config.model, vision.hidden_size, clip.config.projection_dim))
-    images = ClocImageProcessor(size=vision.image_size, resize_mode=config.model.resize_mode)
-    length = min(config.tokenizer.max_length, clip.config.text_config.max_position_embeddings)
-    return model.train(), ClocProcessor(images, tokenizer, max_length=length, lower_case=config.tokenizer.lowercase)
+    model = load_towers(kind, path, planned)
+    mean, std, stated = image_statistics(kind, path)
+    if not stated and world.is_main:
+        print(f"{path} comes without an image processor: {family.name}'s mean {mean} and deviation {std} are taken")
+    images = ClocImageProcessor(planned.vision_config.image_size, config.model.resize_mode, mean, std)
+    longest = planned.text_config.max_position_embeddings
+    processor = ClocProcessor(
+        images,
+        tokenizer,
+        max_length=longest if family.fixed_length else min(config.tokenizer.max_length, longest),
+        lower_case=config.tokenizer.lowercase,
+        fixed_length=family.fixed_length,
+    )
+    return model.train(), processor

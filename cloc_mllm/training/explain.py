@@ -17,7 +17,6 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.training import launch
 from cloc_mllm.training.config import AnyConfig, BatchPlan, PretrainConfig, load_config, plan_batch
-from cloc_mllm.training.encoder import encoder_config, prompter_config
 from cloc_mllm.training.parts import PartReport, apply_parts, describe, trained_and_total
 from cloc_mllm.training.scaling import DEVICES, GIB, estimate, state_bytes, table
 
@@ -59,8 +58,9 @@ def explain(
         # A preset may name the export of a stage that has not been run yet.
         sections.append(("Parts", f"unknown until this is there: {error}"))
     else:
+        ema = config.optim.ema is not None
         sections.append(("Parts", describe(reports)))
-        sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage)))
+        sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage, ema)))
         if isinstance(config, PretrainConfig):
             sections += _cost_sections(config, reports, stage, scale, device)
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
@@ -80,7 +80,9 @@ def count_parts(config: AnyConfig) -> list[PartReport]:
         return apply_parts(model, config.parts, config.optim)[1]
 
 
-def memory_table(reports: Sequence[PartReport], precision: str, world_size: int, stage: int | None) -> str:
+def memory_table(
+    reports: Sequence[PartReport], precision: str, world_size: int, stage: int | None, ema: bool = False
+) -> str:
     """Return weights, gradients and optimiser state a process holds at each ZeRO stage, activations apart.
 
     Args:
@@ -88,13 +90,14 @@ def memory_table(reports: Sequence[PartReport], precision: str, world_size: int,
         precision: `fp32` or `bf16`.
         world_size: Number of processes the states are shared over.
         stage: The preset's stage, marked in the table; ``None`` without DeepSpeed.
+        ema: Whether the optimiser keeps an average of the weights too.
     """
     trained, total = trained_and_total(reports)
     lines = [f"  {'stage':<6} {'weights':>10} {'gradients':>10} {'optimiser':>10} {'sum':>10}   (activations apart)"]
     for number in range(4):
         if number == 0 and precision == "bf16":
             continue
-        sizes = list(state_bytes(trained, total, precision, number, world_size).values())
+        sizes = list(state_bytes(trained, total, precision, number, world_size, ema).values())
         mark = "  <- this preset" if number == stage or (stage is None and number == 0) else ""
         lines.append(f"  {number:<6} " + " ".join(f"{_size(value):>10}" for value in [*sizes, sum(sizes)]) + mark)
     return "\n".join(lines)
@@ -130,37 +133,17 @@ def _batch_lines(config: AnyConfig, plan: BatchPlan) -> str:
     if config.run.steps:
         lines[-1] += f", {config.run.steps * config.run.batch_size:,} samples seen"
     if isinstance(config, PretrainConfig):
-        together = plan.global_batch if config.objective.grad_cache else plan.micro_batch * plan.world_size
-        how = "all of the step's" if together == plan.global_batch else "accumulation adds no negatives"
-        lines.append(f"  every image is contrasted with {together - 1:,} others ({how})")
+        cached = config.objective.grad_cache
+        others = (plan.global_batch if cached else plan.micro_batch * plan.world_size) - 1
+        how = "of the whole batch" if cached else "of its micro-batch: objective.grad_cache is off"
+        lines.append(f"  every image is contrasted with {others:,} others, those {how}")
     return "\n".join(lines)
 
 
 def _encoder(config: PretrainConfig) -> ClocModel:
-    from transformers import CLIPConfig
+    from cloc_mllm.training.encoder import planned_config
 
-    from cloc_mllm.models.configuration_cloc import ClocConfig
-    from cloc_mllm.training.encoder import require_model_type
-
-    kind, _, path = config.model.init.partition(":")
-    if kind == "cloc":
-        require_model_type(path, "cloc")
-        return ClocModel(ClocConfig.from_pretrained(path))
-    if kind == "clip":
-        try:
-            clip = CLIPConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ClocError(f"cannot be read as a CLIP configuration: {error}", file=path) from error
-        prompter = prompter_config(config.model, clip.vision_config.hidden_size, clip.projection_dim)
-        return ClocModel(
-            ClocConfig(
-                vision_config=clip.vision_config,
-                text_config=clip.text_config,
-                prompter_config=prompter,
-                projection_dim=clip.projection_dim,
-            )
-        )
-    return ClocModel(encoder_config(config.model, config.tokenizer))
+    return ClocModel(planned_config(config))
 
 
 def _mllm(config: AnyConfig) -> nn.Module:

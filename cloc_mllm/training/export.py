@@ -22,10 +22,16 @@ from cloc_mllm.training import launch
 from cloc_mllm.training.config import AnyConfig, write_config
 
 EXPORT_FOLDER = "export"
+RAW_EXPORT_FOLDER = "export_raw"
+"""The weights as the last step left them, beside an export of their average."""
 
 
 def export_model(
-    trainer: Any, build_skeleton: Callable[[], nn.Module], processor: Any, metrics: dict[str, float] | None = None
+    trainer: Any,
+    build_skeleton: Callable[[], nn.Module],
+    processor: Any,
+    name: str = EXPORT_FOLDER,
+    metrics: dict[str, float] | None = None,
 ) -> Path:
     """Gather the weights of a finished run and write `export/` in its folder. Every process has to call this.
 
@@ -33,6 +39,7 @@ def export_model(
         trainer: The stage's trainer, after training.
         build_skeleton: Builds the model anew with its parts applied; called under the meta device, so it costs nothing.
         processor: Saved beside the weights.
+        name: What the folder is called in the run folder.
         metrics: Final figures for the model card.
 
     Returns:
@@ -41,11 +48,11 @@ def export_model(
     Raises:
         ClocError: A weight could not be gathered.
     """
-    folder = Path(trainer.args.output_dir) / EXPORT_FOLDER
+    folder = Path(trainer.args.output_dir) / name
     weights = gather_weights(trainer.model, launch.zero_stage(trainer.zero), trainer.world.is_main)
     weights |= {name: value for name, value in trainer.exact_weights.items() if name in weights}
     if trainer.world.is_main:
-        temporary = folder.with_name(f".{EXPORT_FOLDER}.partial")
+        temporary = folder.with_name(f".{name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         save_weights(weights, build_skeleton, processor, temporary, source=trainer.model)
         _write_card(temporary, trainer.config, metrics or {})

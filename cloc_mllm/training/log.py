@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -69,6 +71,36 @@ class RunLog(TrainerCallback):
         if self.console:
             figures = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, (int, float)) and k != "epoch")
             print(f"step {state.global_step}/{state.max_steps}  {figures}", flush=True)
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory this process has held so far: tensors on its GPU, or all of it on a CPU-only machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # Linux counts KiB
+
+
+def keep_gradient_norm(engine: Any) -> None:
+    """Have DeepSpeed's engine at stage 0 in fp32 remember the gradient norm, as it does at all other stages.
+
+    Args:
+        engine: The engine; its gradients are averaged over processes when it clips or steps.
+    """
+    clip = engine.clip_fp32_gradients
+
+    def note(*_: Any) -> None:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        engine._global_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    def note_and_clip() -> None:
+        note()
+        clip()
+
+    if engine.gradient_clipping() > 0:
+        engine.clip_fp32_gradients = note_and_clip
+    else:
+        engine.optimizer.register_step_pre_hook(note)
 
 
 def shows_progress() -> bool:

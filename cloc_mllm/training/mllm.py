@@ -26,7 +26,7 @@ from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.assembly_cloc_mllm import prompter_like
-from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig
+from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig, has_class_token
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
@@ -175,6 +175,7 @@ def _grounding_config(options: MllmModelOptions, encoder: ClocModel) -> ClocProm
         **options.grounding_head.model_dump(),
         hidden_size=encoder.config.vision_config.hidden_size,
         projection_dim=encoder.config.projection_dim,
+        has_class_token=has_class_token(encoder.config.vision_config),
     )
 
 

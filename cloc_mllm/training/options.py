@@ -73,6 +73,9 @@ class OptimOptions(Block):
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = option("cosine", "after the warm-up")
     warmup: NonNegative = option(0.0, "steps if 1 or more, else share of all steps")
     max_grad_norm: NonNegative = option(1.0, "gradient clipping; 0: none")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = option(
+        None, "decay of a moving average of the weights, which export/ then holds; null: none"
+    )
 
 
 PartMode = Literal["frozen", "full", "lora", "tokens"]
@@ -105,8 +108,10 @@ class EncoderParts(Block):
     text_tower: PartOptions = _part("full", "text encoder and its projection")
     prompter: PartOptions = _part("full", "Prompter, if the model has one")
     box_head: PartOptions = _part("full", "BoxHead, if the model has one")
-    temperatures: PartOptions = _part("full", "logit scales; never decayed")
-    biases: PartOptions = _part("full", "logit biases of the sigmoid loss, if the model has them")
+    temperature: PartOptions = _part("full", "logit scale of images and texts; never decayed")
+    region_temperature: PartOptions = _part("full", "logit scale of regions and texts; never decayed")
+    bias: PartOptions = _part("full", "logit bias of the sigmoid loss, images and texts, if the model has one")
+    region_bias: PartOptions = _part("full", "logit bias of the sigmoid loss, regions and texts, if the model has one")
 
 
 class MllmParts(Block):
@@ -148,20 +153,27 @@ class PrompterOptions(Block):
     image_positions: bool = option(True, "patch tokens get the code of their places, as corners do")
 
 
+SCRATCH_IMAGE_SIZE = 96
+
+
 class EncoderModelOptions(Block):
     """The encoder to train."""
 
-    init: str = option("scratch", "scratch, clip:PATH or cloc:PATH")
-    image_size: Positive = option(96, "side of the model frame in pixels")
-    patch_size: Positive = option(16, "side of a patch in pixels")
+    init: str = option("scratch", "scratch, clip:PATH, siglip:PATH (also fixed-size SigLIP2) or cloc:PATH")
+    image_size: Positive | None = option(
+        None, "side of the model frame in pixels; null: 96 from scratch, else the checkpoint's own"
+    )
+    patch_size: Positive = option(16, "side of a patch in pixels, from scratch")
     resize_mode: Literal["pad", "resize"] = option("pad", "how images become square")
     vision: TowerOptions = block(TowerOptions, "image tower, from scratch")
     text: TowerOptions = block(lambda: TowerOptions(num_hidden_layers=2), "text encoder, from scratch")
     position_init: Literal["normal", "sincos"] = option("normal", "first position embeddings of a tower from scratch")
     projection_dim: Positive = option(96, "dimension of the shared space")
     prompter: PrompterOptions | None = block(PrompterOptions, "null: a plain CLIP")
-    logit_scale_init: Annotated[float, Field(gt=0)] = option(1 / 0.07, "initial multiplier of the cosines")
-    logit_scale_max: Annotated[float, Field(gt=0)] = option(100.0, "largest multiplier allowed")
+    logit_scale_init: Annotated[float, Field(gt=0)] = option(1 / 0.07, "initial multiplier of the cosines, where new")
+    logit_scale_max: Annotated[float, Field(gt=0)] | None = option(
+        None, "largest multiplier allowed; null: 100 (CLIP), 1000 with siglip (which has no cap)"
+    )
     logit_bias_init: float | None = option(
         None, "first bias of the logits (SigLIP: -10); null without the sigmoid loss"
     )
@@ -170,25 +182,51 @@ class EncoderModelOptions(Block):
     @classmethod
     def _known_init(cls, value: str) -> str:
         kind, _, path = value.partition(":")
-        if value != "scratch" and (kind not in ("clip", "cloc") or not path):
-            raise ValueError(f"'{value}' is not one of scratch, clip:PATH, cloc:PATH")
+        if value != "scratch" and (kind not in ("clip", "siglip", "cloc") or not path):
+            raise ValueError(f"'{value}' is not one of scratch, clip:PATH, siglip:PATH, cloc:PATH")
         return value
 
     @model_validator(mode="after")
     def _patches_tile(self) -> EncoderModelOptions:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.init == "scratch" and self.frame_size % self.patch_size:
+            raise ValueError(f"image_size {self.frame_size} is not a multiple of patch_size {self.patch_size}")
         return self
+
+    @property
+    def frame_size(self) -> int:
+        """Side of the model frame of an encoder from scratch, in pixels."""
+        return self.image_size or SCRATCH_IMAGE_SIZE
 
 
 class TokenizerOptions(Block):
-    """The text encoder's tokenizer. With `init: clip:…` or `cloc:…` the checkpoint's own is used instead."""
+    """The text encoder's tokenizer, if it is from scratch; with another `init` the checkpoint's own is used."""
 
-    path: str | None = option(None, "a tokenizer folder; null: train one from the training captions")
+    path: str | None = option(None, "a tokenizer's folder or hub name; null: train one from the training captions")
+    kind: Literal["bpe", "sentencepiece"] = option(
+        "bpe", "what is trained without a path: byte-level BPE, or a sentencepiece model with T5's special tokens"
+    )
     vocab_size: Annotated[int, Field(ge=261)] = option(512, "most entries of a trained tokenizer")
     lowercase: bool = option(True, "lower-case the text first (paper: yes)")
     max_length: Positive = option(77, "longest text in tokens")
     corpus: list[str] | None = option(None, "data whose texts a tokenizer is trained on; null: data.train")
+
+
+class ZeroShotOptions(Block):
+    """Images with a class each, classified by the names of their classes at every validation."""
+
+    path: str = Field(description="a folder with a folder of pictures a class, or samples with 'image' and 'label'")
+    templates: list[str] = option(["a photo of a {}."], "texts of a class, averaged; {} is its name")
+    samples: Positive | None = option(1000, "images classified, spread evenly over the classes; null: all")
+
+    @field_validator("templates")
+    @classmethod
+    def _place_the_name(cls, value: list[str]) -> list[str]:
+        for template in value:
+            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+                raise ValueError(f"the template '{template}' must hold {{}} once, where the class's name goes")
+        if not value:
+            raise ValueError("give at least one template")
+        return value
 
 
 class RegionTextOptions(Block):
@@ -198,6 +236,7 @@ class RegionTextOptions(Block):
     validation: str | None = option(None, "the same, for validation")
     max_regions: Positive = option(4, "regions sampled from an image each time it is seen (paper: 4)")
     validation_samples: Positive = option(256, "samples validated on, from the start of the file")
+    zero_shot: ZeroShotOptions | None = option(None, "zero-shot classification at every validation; null: none")
 
 
 class PretrainObjective(Block):

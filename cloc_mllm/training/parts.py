@@ -25,9 +25,12 @@ ENCODER_PARTS: PartTable = {
     "text_tower": ("text_model", "text_projection"),
     "prompter": ("prompter",),
     "box_head": ("box_head",),
-    "temperatures": ("logit_scale", "region_logit_scale"),
-    "biases": ("logit_bias", "region_logit_bias"),
+    "temperature": ("logit_scale",),
+    "region_temperature": ("region_logit_scale",),
+    "bias": ("logit_bias",),
+    "region_bias": ("region_logit_bias",),
 }
+TEMPERATURES = ("temperature", "region_temperature")
 MLLM_PARTS: PartTable = {
     "vision_tower": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
@@ -139,7 +142,7 @@ def parameter_groups(model: nn.Module, parts: EncoderParts | MllmParts, optim: O
         option: PartOptions = getattr(parts, part)
         # A partitioned parameter (ZeRO-3) is flat; DeepSpeed keeps its real shape beside it.
         dims = len(getattr(parameter, "ds_shape", parameter.shape))
-        decayed = dims >= 2 and part != "temperatures"
+        decayed = dims >= 2 and part not in TEMPERATURES
         decay = optim.weight_decay if option.weight_decay is None else option.weight_decay
         key = f"{part}/{'decay' if decayed else 'no_decay'}"
         group = groups.setdefault(

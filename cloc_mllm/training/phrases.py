@@ -31,6 +31,7 @@ class PhraseEmbedder:
         encoder, self._processor = load_encoder(path)
         self._text_model = encoder.text_model.to(device).eval().requires_grad_(False)
         self._projection = encoder.text_projection.to(device).eval().requires_grad_(False)
+        self._width = encoder.config.projection_dim
         self._device = torch.device(device)
         self._known: dict[str, torch.Tensor] = {}
 
@@ -43,5 +44,5 @@ class PhraseEmbedder:
             pooled = self._projection(self._text_model(**tokens).pooler_output)
             self._known.update(zip(new, functional.normalize(pooled.float(), dim=-1), strict=True))
         if not phrases:
-            return torch.zeros(0, self._projection.out_features, device=self._device)
+            return torch.zeros(0, self._width, device=self._device)
         return torch.stack([self._known[phrase] for phrase in phrases])

@@ -9,17 +9,14 @@ Source: Chen et al., "Contrastive Localized Language-Image Pre-Training" (arXiv 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
 from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.objectives import (
-    gather_with_grad,
     grounding_loss,
     region_share,
     region_text_loss,
@@ -30,7 +27,17 @@ from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training.compute import apply_compute
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
+from cloc_mllm.training.parts import TEMPERATURES
 from cloc_mllm.training.trainer import ClocTrainer
+from cloc_mllm.training.validation import (
+    NumberedSamples,
+    NumberingCollator,
+    Rows,
+    rank_within_image,
+    validation_figures,
+    validation_rows,
+)
+from cloc_mllm.training.zero_shot import ZeroShot
 
 MODEL_INPUTS = (
     "pixel_values",
@@ -55,11 +62,16 @@ class PretrainTrainer(ClocTrainer):
         self.objective = config.objective
         self.max_regions = config.data.max_regions
         # CLIP's bounds: multipliers from 1 to the cap.
-        self.clamped_parts = (("temperatures", 0.0, model.config.logit_scale_max),)
-        self._validated: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.clamped_parts = tuple((part, 0.0, model.config.logit_scale_max) for part in TEMPERATURES)
+        self._validated: list[Rows] = []
         self._replays: list[Replay] = []
         apply_compute(model, config.compute)
+        if "data_collator" in kwargs:
+            kwargs["data_collator"] = NumberingCollator(kwargs["data_collator"])
         super().__init__(config, *args, model=model, **kwargs)
+        options = config.data.zero_shot
+        at_once = self.args.per_device_eval_batch_size
+        self._zero_shot = None if options is None else ZeroShot(options, self.processor, self.world, at_once)
 
     def losses(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
@@ -69,15 +81,18 @@ class PretrainTrainer(ClocTrainer):
             return self._replayed(model, inputs)
         output = _embed(model, inputs)
         if not model.training:
-            self._validated.append((output.image_embeds.detach(), output.text_embeds.detach()))
-        return self.objective_of(output, inputs)
+            self._validated.append(validation_rows(output, inputs))
+        return self.objective_of(output, inputs, figures=not model.training or self.logs_this_step())
 
-    def objective_of(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def objective_of(
+        self, output: Any, inputs: Mapping[str, Any], *, figures: bool = True
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the objective from the model's output.
 
         Args:
             output: A `ClocOutput`.
             inputs: What it is of; of a whole step's micro-batches together, if the step is done in two passes.
+            figures: Whether to compute what only the log wants too.
 
         Returns:
             The loss and the figures to log.
@@ -90,10 +105,12 @@ class PretrainTrainer(ClocTrainer):
         if self.objective.extra_captions:
             region = self._extra_caption_loss(output, inputs)
             return image_text + weight * region, scalars | {"loss_region": region, "lambda": weight}
-        region, more = self._region_terms(output, inputs)
+        region, more = self._region_terms(output, inputs, figures)
         return image_text + weight * region, scalars | more | {"lambda": weight}
 
-    def _region_terms(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _region_terms(
+        self, output: Any, inputs: Mapping[str, Any], figures: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return L_region + grounding_weight * L_grounding."""
         valid = inputs["region_valid"]
         texts = output.region_text_embeds[valid]
@@ -102,7 +119,7 @@ class PretrainTrainer(ClocTrainer):
             output.region_embeds[valid], texts, output.region_logit_scale, output.region_logit_bias, threshold
         )
         scalars = {"loss_region": region, "scale_region": output.region_logit_scale}
-        if threshold is not None:
+        if threshold is not None and figures:
             scalars["filtered"] = share_filtered(texts, threshold, tile_size=self.objective.tile_size)
         if output.pred_boxes is None or self.objective.grounding_weight == 0:
             return region, scalars
@@ -120,7 +137,7 @@ class PretrainTrainer(ClocTrainer):
         over draws, weighted by how many images take part.
         """
         images, valid = inputs["box_image_index"], inputs["region_valid"]
-        draw = _rank_within_image(images)
+        draw = rank_within_image(images)
         total, rows = output.image_embeds.sum() * 0.0, torch.zeros((), device=images.device)
         for number in range(self.max_regions):
             chosen = valid & (draw == number)
@@ -161,7 +178,9 @@ class PretrainTrainer(ClocTrainer):
                 self._replays = plan_replays(
                     lambda inputs: _embed(model, self._prepare_inputs(dict(inputs))),
                     batches,
-                    lambda output, inputs: self.objective_of(output, self._prepare_inputs(dict(inputs))),
+                    lambda output, inputs: self.objective_of(
+                        output, self._prepare_inputs(dict(inputs)), figures=self.logs_this_step()
+                    ),
                 )
         return batches, items
 
@@ -174,13 +193,21 @@ class PretrainTrainer(ClocTrainer):
         return replay.surrogate(output, self.current_gradient_accumulation_steps), replay.scalars
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Add image-text retrieval over the validation samples."""
+        """Add retrieval, recognition and localisation over the validation samples, and zero-shot classification."""
         self._validated.clear()
         output = super().evaluation_loop(*args, **kwargs)
-        images, texts = (gather_with_grad(torch.cat(side)) for side in zip(*self._validated, strict=True))
-        output.metrics.update(eval_i2t_r1=recall_at_1(images @ texts.T), eval_t2i_r1=recall_at_1(texts @ images.T))
+        figures = validation_figures(self._validated)
         self._validated.clear()
+        if self._zero_shot is not None:
+            figures |= self._zero_shot(self._embed_alone)
+        output.metrics.update({f"eval_{name}": value for name, value in figures.items()})
         return output
+
+    def _embed_alone(self, inputs: dict[str, Any]) -> Any:
+        """Run the model, in evaluation mode, on a batch that is not of the validation samples."""
+        assert self.model is not None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return _embed(self.model.eval(), self._prepare_inputs(inputs))
 
 
 def _embed(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -193,28 +220,9 @@ def needs_regions(config: PretrainConfig) -> bool:
     return config.model.prompter is not None or config.objective.extra_captions
 
 
-def validation_subset(config: PretrainConfig) -> Subset | None:
+def validation_subset(config: PretrainConfig) -> NumberedSamples | None:
     """Return the validation samples of a preset, or ``None``."""
     if config.data.validation is None:
         return None
     dataset = RegionTextDataset(config.data.validation, max_regions=config.data.max_regions, seed=config.run.seed)
-    return Subset(dataset, range(min(len(dataset), config.data.validation_samples)))
-
-
-@torch.no_grad()
-def recall_at_1(similarity: torch.Tensor) -> float:
-    """Return the share of rows whose own column scores highest; ties count against it.
-
-    Args:
-        similarity: ``(N, N)``; row i belongs to column i.
-    """
-    own = similarity.diagonal()
-    better = (similarity >= own[:, None]).sum(dim=1) - 1
-    value = float((better == 0).float().mean())
-    return value if math.isfinite(value) else 0.0
-
-
-def _rank_within_image(images: torch.Tensor) -> torch.Tensor:
-    """Return for each region how many regions of the same image come before it; images come one after the other."""
-    first = torch.searchsorted(images.contiguous(), images.contiguous())
-    return torch.arange(len(images), device=images.device) - first
+    return NumberedSamples(dataset, config.data.validation_samples)

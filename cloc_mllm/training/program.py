@@ -94,7 +94,7 @@ def train_and_export(
     checkpoint: Path | None,
     build_skeleton: Callable[[], nn.Module],
 ) -> None:
-    """Train to the end, then write `export/`.
+    """Train to the end, then write `export/`; with an average of the weights, that, and `export_raw/` without it.
 
     Args:
         trainer: The stage's trainer.
@@ -104,13 +104,16 @@ def train_and_export(
     if checkpoint is not None:
         require_same_run(checkpoint, trainer.run_state())
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    run = trainer.config.run
-    if run.export:
-        # Imported late: it is needed once, at the very end.
-        from cloc_mllm.training.export import export_model
+    # Imported late: it is needed once, at the very end.
+    from cloc_mllm.training.export import EXPORT_FOLDER, RAW_EXPORT_FOLDER, export_model
 
-        export_model(trainer, build_skeleton, trainer.processor, metrics)
+    run, ema = trainer.config.run, trainer.config.optim.ema
+    with trainer.final_weights():
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        if run.export:
+            export_model(trainer, build_skeleton, trainer.processor, EXPORT_FOLDER, metrics)
+    if run.export and ema is not None:
+        export_model(trainer, build_skeleton, trainer.processor, RAW_EXPORT_FOLDER)
     if trainer.world.is_main:
         done = {
             "stage": trainer.config.stage,
@@ -120,6 +123,7 @@ def train_and_export(
             "world_size": trainer.world.size,
             "zero": launch.zero_stage(trainer.zero),
             "precision": run.precision,
+            "ema": ema,
             **{name: value for name, value in metrics.items() if isinstance(value, float)},
         }
         Path(run.output, "summary.json").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")

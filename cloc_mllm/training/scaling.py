@@ -74,7 +74,9 @@ class Estimate:
     seconds: dict[str, float]
 
 
-def state_bytes(trained: int, total: int, precision: str, stage: int | None, world_size: int) -> dict[str, float]:
+def state_bytes(
+    trained: int, total: int, precision: str, stage: int | None, world_size: int, ema: bool = False
+) -> dict[str, float]:
     """Return the weights, gradients and optimiser state that one process holds.
 
     Args:
@@ -83,8 +85,10 @@ def state_bytes(trained: int, total: int, precision: str, stage: int | None, wor
         precision: `fp32` or `bf16`.
         stage: ZeRO stage; ``None`` without DeepSpeed.
         world_size: Number of processes the state is shared over.
+        ema: Whether the optimiser keeps an average of the weights too.
     """
     for_weights, for_gradients, for_optimizer = BYTES[precision]
+    for_optimizer += 4 * ema
     shares = [world_size if (stage or 0) >= least else 1 for least in (3, 2, 1)]
     return {
         "weights": total * for_weights / shares[0],
@@ -124,7 +128,9 @@ def estimate(
         sizes = [plan_batch(config.run.batch_size, config.run.micro_batch_size, world_size).micro_batch]
     for size in sizes:
         plan = BatchPlan(config.run.batch_size, size, share // size, world_size)
-        memory = _memory(config, cost, plan, state_bytes(trained, total, config.run.precision, stage, world_size))
+        ema = config.optim.ema is not None
+        state = state_bytes(trained, total, config.run.precision, stage, world_size, ema)
+        memory = _memory(config, cost, plan, state)
         if sum(memory.values()) <= USABLE * device.memory_gib * GIB:
             break
     else:
@@ -133,7 +139,7 @@ def estimate(
                 f"one image at a time needs {sum(memory.values()) / GIB:.1f} GiB of each {device.name}",
                 remedy="Use a higher run.zero, run.activation_checkpointing=true, objective.loss_impl=tiled.",
             )
-    traffic = _traffic(config, plan, trained, total, stage)
+    traffic = _traffic(config, cost, plan, trained, total, stage)
     return Estimate(plan, memory, traffic, _seconds(config, cost, plan, sum(traffic.values()), device))
 
 
@@ -144,7 +150,7 @@ def _rows(config: PretrainConfig) -> list[int]:
 
 
 def _memory(config: PretrainConfig, cost: ImageCost, plan: BatchPlan, state: dict[str, float]) -> dict[str, float]:
-    size, width = config.objective.tile_size, config.model.projection_dim
+    size, width = config.objective.tile_size, cost.embedding
     loss = 0.0
     for rows in _rows(config):
         seen = rows if config.objective.grad_cache else rows // plan.accumulation
@@ -154,7 +160,9 @@ def _memory(config: PretrainConfig, cost: ImageCost, plan: BatchPlan, state: dic
     return {**state, "activations": plan.micro_batch * (cost.kept + cost.recomputed), "loss": loss}
 
 
-def _traffic(config: PretrainConfig, plan: BatchPlan, trained: int, total: int, stage: int | None) -> dict[str, float]:
+def _traffic(
+    config: PretrainConfig, cost: ImageCost, plan: BatchPlan, trained: int, total: int, stage: int | None
+) -> dict[str, float]:
     """Return the bytes a device sends in a step."""
     world, steps = plan.world_size, plan.accumulation
     ring = (world - 1) / world
@@ -170,7 +178,7 @@ def _traffic(config: PretrainConfig, plan: BatchPlan, trained: int, total: int, 
     else:
         traffic["weights"] = steps * (passes + 1) * total * weight * ring
     sides = 1 if config.objective.loss_impl == "tiled" else 2
-    once = sum(_rows(config)) * config.model.projection_dim * 4 * ring
+    once = sum(_rows(config)) * cost.embedding * 4 * ring
     # Embeddings are gathered forward, and their gradients all-reduced backward.
     return {**traffic, "embeddings": 3 * sides * once}
 
@@ -181,7 +189,7 @@ def _seconds(config: PretrainConfig, cost: ImageCost, plan: BatchPlan, sent: flo
     # Similarities forward, and two products of gradients backward with the similarities made anew; the text filter
     # multiplies texts with texts in both directions.
     products = [4 + (0 if k == 0 or config.objective.filter_threshold is None else 2) for k in range(2)]
-    loss = sum(n * 2 * rows**2 * config.model.projection_dim for n, rows in zip(products, _rows(config), strict=False))
+    loss: float = sum(n * 2 * rows**2 * cost.embedding for n, rows in zip(products, _rows(config), strict=False))
     if config.objective.loss_impl == "tiled":
         loss /= plan.world_size
     rate = device.tflops if config.run.precision == "bf16" else device.fp32_tflops

@@ -1,13 +1,15 @@
-"""Small byte-level BPE tokenizers trained from a run's own texts, so that models from scratch can be small too."""
+"""Tokenizers, loaded or trained from a run's own texts, so that models from scratch can be small and need no hub."""
 
 from __future__ import annotations
 
+import io
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from cloc_mllm.data.messages import messages_of
 from cloc_mllm.data.readers import open_samples
@@ -17,6 +19,8 @@ from cloc_mllm.training.options import TokenizerOptions
 
 # `<eos>` must not be 2: transformers' CLIP takes 2 as a sign of an old checkpoint and pools at the largest id.
 TEXT_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
+
+SENTENCEPIECE_FILE = "spiece.model"
 
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """ChatML's markers: the processor recognises them and picks its template by them."""
@@ -40,20 +44,39 @@ def build_tokenizer(
         if world.is_main:
             train().save_pretrained(str(folder))
         launch.barrier()
-    source = folder if options.path is None else Path(options.path)
+    return load_tokenizer(str(folder) if options.path is None else options.path)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer.
+
+    Args:
+        path: A hub name or a folder; one that holds nothing but a `spiece.model` is read as T5's.
+
+    Raises:
+        ClocError: There is none.
+    """
+    folder = Path(path)
+    described = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     try:
-        return AutoTokenizer.from_pretrained(str(source))
+        if (folder / SENTENCEPIECE_FILE).is_file() and not described:
+            return T5Tokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ClocError(f"holds no tokenizer: {error}", file=source) from error
+        raise ClocError(f"holds no tokenizer: {error}", file=path) from error
 
 
 def train_text_tokenizer(texts: Iterable[str], options: TokenizerOptions) -> PreTrainedTokenizerFast:
-    """Train the tokenizer of a text encoder: every text is wrapped in `<bos>` and `<eos>`.
+    """Train the tokenizer of a text encoder, of the kind that the options name.
+
+    Byte-level BPE wraps every text in `<bos>` and `<eos>`; a sentencepiece model ends it with `</s>`, as T5 does.
 
     Args:
         texts: The corpus.
-        options: Vocabulary size, and whether texts are lower-cased (by the processor, hence here as well).
+        options: Kind, vocabulary size, and whether texts are lower-cased (by the processor, hence here as well).
     """
+    if options.kind == "sentencepiece":
+        return _train_sentencepiece(texts, options)
     core = _train(texts, options, TEXT_TOKENS, add_prefix_space=True)
     core.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>",
@@ -61,6 +84,31 @@ def train_text_tokenizer(texts: Iterable[str], options: TokenizerOptions) -> Pre
     )
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
     return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=options.max_length, **names)
+
+
+def _train_sentencepiece(texts: Iterable[str], options: TokenizerOptions) -> PreTrainedTokenizerFast:
+    """Train a unigram model with T5's special tokens: `<pad>` 0, `</s>` 1, `<unk>` 2, no beginning of text."""
+    # Imported here: nothing else needs it.
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text.lower() if options.lowercase else text for text in texts),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=options.vocab_size,
+        hard_vocab_limit=False,  # a small corpus has fewer pieces than that
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, SENTENCEPIECE_FILE).write_bytes(model.getvalue())
+        # T5's sentinels are for its own task.
+        return T5Tokenizer.from_pretrained(folder, extra_ids=0, model_max_length=options.max_length)
 
 
 def train_chat_tokenizer(texts: Iterable[str], options: TokenizerOptions) -> PreTrainedTokenizerFast:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
 from cloc_mllm.training.checkpoint import RunState
 from cloc_mllm.training.config import AnyConfig, BatchPlan
-from cloc_mllm.training.log import RunLog, shows_progress
+from cloc_mllm.training.ema import averaged_weights, base_optimizer, keep_average
+from cloc_mllm.training.log import RunLog, keep_gradient_norm, peak_memory_gib, shows_progress
 from cloc_mllm.training.parts import parameter_groups
 from cloc_mllm.training.stream import StepStream
 
@@ -132,7 +134,9 @@ class ClocTrainer(Trainer):
         self._scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._eval_scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._window = (time.perf_counter(), 0)
+        self._waited = 0.0
         self._micro_step = 0
+        self._shows_average = False
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -212,16 +216,35 @@ class ClocTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             optimizer = optimizer_class(groups, **options)
             assert optimizer is not None
-            optimizer.register_step_post_hook(_clamp_bounded_groups)
             self.optimizer = optimizer
         return optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare as the Trainer does, then make sure that DeepSpeed is on if it was asked for."""
+        """Prepare as the Trainer does, make sure that DeepSpeed is on if it was asked for, and watch the optimiser."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.zero is not None:
             launch.require_deepspeed(self.model_wrapped, self.world)
+            if launch.zero_stage(self.zero) == 0:
+                keep_gradient_norm(self.model_wrapped)
+        # Not earlier: with an optimiser offloaded on a GPU machine, DeepSpeed's own has taken the place of ours.
+        optimizer = base_optimizer(self.optimizer)
+        optimizer.register_step_post_hook(_clamp_bounded_groups)
+        if self.config.optim.ema is not None:
+            keep_average(optimizer, self.config.optim.ema)
         return prepared
+
+    @contextmanager
+    def final_weights(self) -> Iterator[None]:
+        """Let the model hold what a run is to be judged by, its averaged weights if it keeps an average."""
+        if self.config.optim.ema is None:
+            yield
+            return
+        self._shows_average = True
+        try:
+            with averaged_weights(self.optimizer, self.model_wrapped if self.zero is not None else None):
+                yield
+        finally:
+            self._shows_average = False
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -260,9 +283,25 @@ class ClocTrainer(Trainer):
             now, done = time.perf_counter(), self.state.global_step
             if done > step and now > then:
                 logs["samples_per_second"] = (done - step) * self.stream.plan.global_batch / (now - then)
-            self._window = (now, done)
+                logs["data_wait"] = self._waited / (now - then)
+            logs["memory_gib"] = peak_memory_gib()
+            self._window, self._waited = (now, done), 0.0
+        elif self._shows_average:
+            logs = {**logs, "ema": self.config.optim.ema or 0.0}
         rounded = {key: _short(value) for key, value in logs.items()}
         super().log(rounded, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch a step's micro-batches, and note how long that took."""
+        began = time.perf_counter()
+        fetched = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - began
+        return fetched
+
+    def logs_this_step(self) -> bool:
+        """Whether the step that is being made will be logged; what only the log wants can be left out otherwise."""
+        number = self.state.global_step + 1
+        return number == 1 or number % self.args.logging_steps == 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate; the time it takes does not count as training."""

@@ -77,7 +77,7 @@ def test_state_is_shared_out_as_the_stages_do(precision: str, stage: int | None,
     assert tuple(state_bytes(1000, 1000, precision, stage, 4).values()) == tuple(1000 * x for x in expected)
 
 
-COST = ImageCost((PartCost("image tower", 1e9, 0.25 * GIB),), 3e9, 0.0)
+COST = ImageCost((PartCost("image tower", 1e9, 0.25 * GIB),), 3e9, 0.0, 16)
 
 
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:

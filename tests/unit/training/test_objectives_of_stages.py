@@ -22,7 +22,7 @@ from cloc_mllm.objectives import (
 from cloc_mllm.training.mllm import AlignConversations, blind, first_sample_report
 from cloc_mllm.training.options import AlignDataOptions, MllmObjective, PretrainObjective
 from cloc_mllm.training.phrases import PhraseEmbedder
-from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer, recall_at_1
+from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer
 from cloc_mllm.training.tune import TuneTrainer
 from tests.builders import tiny_cloc
 from tests.builders_mllm import assistant, grounding_turn, image, region, text, tiny_mllm, user
@@ -33,7 +33,7 @@ def pretrainer(**objective: Any) -> Any:
     """The trainer's objective without the trainer around it."""
     bare: Any = PretrainTrainer.__new__(PretrainTrainer)
     bare.objective, bare.max_regions, bare._validated = PretrainObjective(**objective), 3, []
-    bare._replays = []
+    bare._replays, bare.logs_this_step = [], lambda: True
     return bare
 
 
@@ -81,6 +81,17 @@ def test_the_sigmoid_loss_takes_the_place_of_both_softmax_losses(impl: str, samp
         assert float(bias.grad.abs()) > 0
 
 
+def test_what_only_the_log_wants_is_left_out_where_nothing_is_logged(samples: list[dict[str, Any]]) -> None:
+    model, processor = tiny_cloc()
+    batch = RegionTextCollator(processor)(samples)
+    trainer = pretrainer(filter_threshold=0.8)
+    loss, scalars = trainer.losses(model.train(), batch, None)
+    trainer.logs_this_step = lambda: False
+    silent, fewer = trainer.losses(model, batch, None)
+    assert set(scalars) - set(fewer) == {"filtered"}
+    torch.testing.assert_close(silent, loss)
+
+
 def test_tiles_change_nothing_in_a_step(samples: list[dict[str, Any]]) -> None:
     model, processor = tiny_cloc()
     batch = RegionTextCollator(processor)(samples)
@@ -112,12 +123,6 @@ def test_extra_captions_never_set_two_regions_of_one_image_against_each_other() 
     first = region_text_loss(images, texts[[0, 2]], 5.0, None)
     second = region_text_loss(images[:1], texts[[1]], 5.0, None)
     torch.testing.assert_close(got, (2 * first + 1 * second) / 3)
-
-
-def test_recall_counts_ties_against_the_model() -> None:
-    assert recall_at_1(torch.eye(4)) == 1.0
-    assert recall_at_1(torch.ones(4, 4)) == 0.0
-    assert recall_at_1(torch.tensor([[0.9, 0.1], [0.8, 0.7]])) == 0.5
 
 
 def tuner(phrases: Any, processes: int = 1, windows: int = 1, **objective: float) -> Any:

@@ -86,7 +86,8 @@ def test_groups_hold_every_trained_parameter_once_with_its_own_rate() -> None:
     assert groups["prompter/decay"]["lr"] == OPTIM.lr
     assert groups["prompter/decay"]["weight_decay"] == 0.3
     assert not any(name.startswith("text_tower") for name in groups)
-    assert "temperatures/decay" not in groups
+    assert "temperature/no_decay" in groups
+    assert not {"temperature/decay", "region_temperature/decay"} & set(groups)
     for name, group in groups.items():
         assert (group["weight_decay"] > 0) == name.endswith("/decay")
         assert all((p.dim() >= 2) == name.endswith("/decay") for p in group["params"])
