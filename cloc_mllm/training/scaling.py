@@ -168,19 +168,19 @@ def _traffic(
     ring = (world - 1) / world
     weight, gradient, _ = BYTES[config.run.precision]
     passes = 2 if config.objective.grad_cache and steps > 1 else 1
-    # Stages 2 and 3 share gradients out, so they have to be reduced before the next micro-batch.
-    reductions = steps if (stage or 0) >= 2 else 1
-    traffic = {"gradients": reductions * trained * gradient * ring, "weights": 0.0}
+    once = trained * gradient * ring
     if stage in (None, 0):
-        traffic["gradients"] *= 2
+        traffic = {"gradients": 2 * once, "weights": 0.0}
     elif stage in (1, 2):
-        traffic["weights"] = trained * weight * ring
+        # DeepSpeed all-reduces gradients and keeps its share of the sum; stage 2 does so for every micro-batch.
+        reductions = steps if stage == 2 else 1
+        traffic = {"gradients": 2 * reductions * once, "weights": trained * weight * ring}
     else:
-        traffic["weights"] = steps * (passes + 1) * total * weight * ring
+        traffic = {"gradients": steps * once, "weights": steps * (passes + 1) * total * weight * ring}
     sides = 1 if config.objective.loss_impl == "tiled" else 2
-    once = sum(_rows(config)) * cost.embedding * 4 * ring
+    embeddings = sum(_rows(config)) * cost.embedding * 4 * ring
     # Embeddings are gathered forward, and their gradients all-reduced backward.
-    return {**traffic, "embeddings": 3 * sides * once}
+    return {**traffic, "embeddings": 3 * sides * embeddings}
 
 
 def _seconds(config: PretrainConfig, cost: ImageCost, plan: BatchPlan, sent: float, device: Device) -> dict[str, float]:

@@ -5,7 +5,8 @@
 
 A step is forward, loss, backward and AdamW on made-up pictures and texts, weights at random; reading data is another
 benchmark's business. open_clip always reads 77 text tokens; ours is measured so too, and with captions and phrases cut
-to their longest, as our collator does. `--model` is the size of the towers.
+to their longest, as our collator does. Each of our steps takes turns with open_clip's in one process, or with our own
+plain CLIP's for what CLOC adds to it. `--model` is the size of the towers.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ MODELS = {
 CONTEXT, CAPTION, PHRASE = 77, 20, 8
 """Tokens: open_clip's fixed length; a typical longest caption and phrase of a batch."""
 STEPS = {
-    "open_clip": "open_clip CLIP",
-    "clip padded": "our CLIP, texts padded to 77 tokens",
-    "clip": "our CLIP, texts cut to the longest",
-    "cloc": "CLOC, prompt pooling",
-    "cloc mean": "CLOC, mean pooling",
+    ("clip padded", "open_clip"): "our CLIP, texts padded to 77 tokens, to open_clip's CLIP",
+    ("clip", "open_clip"): "our CLIP, texts cut to the longest, to open_clip's CLIP",
+    ("cloc", "clip"): "CLOC, prompt pooling, to our CLIP",
+    ("cloc mean", "clip"): "CLOC, mean pooling (the paper's), to our CLIP",
+    ("cloc", "open_clip"): "CLOC, prompt pooling, to open_clip's CLIP",
 }
 PARTS = {
     "image": "image tower",
@@ -153,14 +154,23 @@ def _finish(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Measure one case."""
+    """Measure one part; or a step that takes turns with another."""
     batch = Batch(case)
     if case["case"] in PARTS:
         work = part(case, batch)
-    else:
-        work = open_clip_step(case, batch) if case["case"] == "open_clip" else our_step(case, batch)
-    work()  # the first step makes the optimiser's state
-    return measure(work, case["repeats"])
+        work()
+        return measure(work, case["repeats"])
+    works = {}
+    for name in (case["case"], case["base"]):
+        works[name] = open_clip_step(case, batch) if name == "open_clip" else our_step({**case, "case": name}, batch)
+        works[name]()  # the first step makes the optimiser's state
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(case["repeats"]):
+        for name, work in works.items():
+            seconds[name].append(measure(work, 1)["seconds"])
+    mine, other = (sorted(seconds[name])[case["repeats"] // 2] for name in (case["case"], case["base"]))
+    ratios = sorted(a / b for a, b in zip(seconds[case["case"]], seconds[case["base"]], strict=True))
+    return {"seconds": mine, "base_seconds": other, "ratio": ratios[case["repeats"] // 2]}
 
 
 def main() -> None:
@@ -174,19 +184,22 @@ def main() -> None:
         print(json.dumps(run(json.loads(args.case))))
         return
     shared = {"model": args.model, "batch": args.batch, "regions": args.regions, "repeats": args.repeats}
-    results = {name: run_case(__file__, {"case": name, **shared}, args.timeout) for name in [*STEPS, *PARTS]}
-    for title, names, base in (
-        ("step", STEPS, "open_clip"),
-        ("part of CLOC's step, forward and backward", PARTS, "image"),
-    ):
-        table = [[title, "s", f"times {names[base]}"]]
-        for name, label in names.items():
-            found, first = results[name].get("seconds"), results[base].get("seconds")
-            ratio = f"{found / first:.2f}" if found and first else "–"
-            table.append([label, results[name].get("failed") or f"{found:.3f}", ratio])
-        print_table(table)
-        print()
-    write_report(args.out, "encoder_step", list(results.values()))
+    cases = [{"case": case, "base": base, **shared} for case, base in STEPS]
+    steps = [run_case(__file__, case, args.timeout) for case in cases]
+    table = [["step", "s", "s of the other", "ratio"]]
+    for found, label in zip(steps, STEPS.values(), strict=True):
+        numbers = [f"{found[key]:.3f}" for key in ("seconds", "base_seconds", "ratio") if key in found]
+        table.append([label, *(numbers or [found["failed"], "–", "–"])])
+    print_table(table)
+    print()
+    parts = [run_case(__file__, {"case": name, **shared}, args.timeout) for name in PARTS]
+    table = [["part of CLOC's step, forward and backward", "s", "times the image tower"]]
+    for found, label in zip(parts, PARTS.values(), strict=True):
+        both = "seconds" in found and "seconds" in parts[0]
+        ratio = f"{found['seconds'] / parts[0]['seconds']:.2f}" if both else "–"
+        table.append([label, found.get("failed") or f"{found['seconds']:.3f}", ratio])
+    print_table(table)
+    write_report(args.out, "encoder_step", [*steps, *parts])
 
 
 if __name__ == "__main__":
