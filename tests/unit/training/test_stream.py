@@ -15,16 +15,13 @@ class Recorder:
     """A data set whose items tell the epoch they were read in."""
 
     def __init__(self, length: int) -> None:
-        self.length, self.epoch = length, -1
+        self.length = length
 
     def __len__(self) -> int:
         return self.length
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        return self.epoch, index
+    def item(self, index: int, epoch: int) -> tuple[int, int]:
+        return epoch, index
 
 
 @given(length=st.integers(4, 40), batch=st.integers(1, 4), steps=st.integers(1, 30), seed=st.integers(0, 5))
