@@ -107,6 +107,13 @@ class SourceOrder:
         after = min((block + 1) * self.block - early, self.lane_range(lane)[1])
         return Block(lane, block, first, after - first), number - first
 
+    def block_after(self, block: Block) -> Block:
+        """The next block of the same lane, or the first of the next lane that has any."""
+        lane, number = block.lane, block.first + block.length
+        while number >= self.lane_range(lane)[1]:
+            lane, number = (lane + 1) % self._lanes, 0
+        return self.block_of(lane, number)[0]
+
     def permutation(self, epoch: int, block: Block) -> list[int]:
         """The order of the samples of a block: which of them has the k-th turn."""
         rng = random.Random(f"{self._seed}-{epoch}-{block.lane}-{block.number}")

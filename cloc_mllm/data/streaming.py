@@ -18,6 +18,9 @@ from cloc_mllm.data.readers import Sample, sample_name
 from cloc_mllm.data.shards import SampleBlock, ShardReader, ShardSet
 from cloc_mllm.errors import ClocError
 
+BROKEN_BLOCKS = 16
+"""So many blocks without a single whole sample are no matter of skipping any more."""
+
 MakeItem = Callable[[Sample, str | None, str, Path | None, random.Random], dict[str, Any]]
 """Turns a raw sample into an item: gets its file, its name, the folder of its images and what to draw from."""
 
@@ -61,21 +64,19 @@ class ShardStream:
         """File and place of a sample, for messages."""
         return self.sources[draw.source].where(*self.order.sources[draw.source].locate(draw))
 
-    def item(self, block: HeldBlock, draw: Draw, turn: int) -> dict[str, Any]:
-        """The item of a sample, or of the one that stands in for it."""
-        length = len(block.turns)
-        for step in range(length):
-            # Half a block on, where the next ones of this batch are not.
-            number = block.turns[turn if step == 0 else (turn + length // 2 + step) % length]
+    def item(self, block: HeldBlock, draw: Draw, turn: int) -> dict[str, Any] | None:
+        """The item of a sample, or of one of its block that stands in for it; None if all of them are broken."""
+        others = len(block.turns) - 1
+        # From half a block on, where the next ones of this batch are not.
+        for step in range(others + 1):
+            number = turn if step == 0 else turn + 1 + (others // 2 + step) % others
             try:
-                return self._item(block, draw, number)
+                return self._item(block, draw, block.turns[number % (others + 1)])
             except ClocError:
                 if self.on_bad_sample == "error":
                     raise
                 self._skips.add()
-        name = self.sources[draw.source].name
-        remedy = "Run `cloc-mllm data check`."
-        raise ClocError(f"all {length} samples of a block are broken", file=name, remedy=remedy)
+        return None
 
     def _item(self, block: HeldBlock, draw: Draw, number: int) -> dict[str, Any]:
         piece, row, inner = block.find(number)
@@ -131,10 +132,23 @@ class ShardStreamReader:
             self._held.pop(key, None)  # two blocks of one lane are never held together
             held = self._held[key] = self._read(draw, block)
         item = self._stream.item(held, draw, turn)
+        if item is None:
+            item = self._from_further_on(draw, block)
         if turn == block.length - 1:
             # Done with. At an epoch's end the lane may go on in another worker: what is held here would stay.
             del self._held[key]
         return item
+
+    def _from_further_on(self, draw: Draw, block: Block) -> dict[str, Any]:
+        """A whole sample of the blocks that follow one without any, which is short or in a bad place."""
+        order = self._stream.order.sources[draw.source]
+        for _ in range(BROKEN_BLOCKS):
+            block = order.block_after(block)
+            item = self._stream.item(self._read(draw, block), draw, 0)
+            if item is not None:
+                return item
+        name, remedy = self._stream.sources[draw.source].name, "Run `cloc-mllm data check`."
+        raise ClocError(f"{BROKEN_BLOCKS} blocks of samples in a row are all broken", file=name, remedy=remedy)
 
     def _read(self, draw: Draw, block: Block) -> HeldBlock:
         order = self._stream.order.sources[draw.source]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,23 +65,32 @@ def scan_tar(shard: str) -> npt.NDArray[np.int64]:
     Raises:
         ClocError: It is no tar file, compressed, or cut off.
     """
-    offsets, key, end = [], None, 0
+    offsets, key, end, behind = [], None, 0, 0
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                if not member.isreg() or split_name(member.name)[0].rpartition("/")[2].startswith("__"):
-                    continue
+                behind = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
                 own = split_name(member.name)[0]
+                if not member.isreg() or _is_meta(own):
+                    continue
                 if own != key:
                     offsets.append(member.offset)
-                key, end = own, member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                key, end = own, behind
+        with open(shard, "rb") as file:
+            file.seek(behind)
+            whole = file.read(_BLOCK) == bytes(_BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
         remedy = "Shards are plain .tar files, not compressed ones; copy a shard that is cut off anew."
         raise ClocError(f"not a readable tar file: {error}", file=shard, remedy=remedy) from error
-    if end > os.path.getsize(shard):
-        raise ClocError("the tar file is cut off within its last sample", file=shard, remedy="Copy it anew.")
+    if not whole:  # tarfile takes a header that is cut off for the end
+        raise ClocError("the tar file has no end: it is cut off or damaged", file=shard, remedy="Copy it anew.")
     return np.asarray([*offsets, end], np.int64)
+
+
+def _is_meta(key: str) -> bool:
+    """Whether a member describes the shard, as webdataset's `__name__` do."""
+    return re.fullmatch("__.*__", key.rpartition("/")[2]) is not None
 
 
 def write_index(shard: str, offsets: Iterable[int]) -> None:
@@ -202,10 +212,14 @@ def sample_of_members(data: bytes, shard: str, fallback: str) -> tuple[Sample, s
     try:
         for name, content in members(data):
             key, ending = split_name(name)
+            if _is_meta(key):
+                continue
             if ending in found:
                 raise ValueError(f"has two members called {key}.{ending}")
             place = f"member {key}"
             found[ending] = content
+        if not found:
+            raise ValueError("there is no sample where the index says one is")
         sample = json.loads(found["json"]) if "json" in found else {"regions": []}
         text = found["txt"].decode() if "txt" in found else None
     except ValueError as error:

@@ -262,7 +262,7 @@ class TrainLoader:
 
 
 class _MicroBatches(IterableDataset):
-    """A worker's share: `DataLoader` takes the batches of its workers in turn, so worker w of n makes every n-th one."""
+    """A worker's share: `DataLoader` takes batches from its workers in turn, so worker w of n makes every n-th one."""
 
     def __init__(self, stream: SampleStream, collate: Callable[[Sequence[Item]], Any], rank: int, start: int) -> None:
         self._stream, self._collate, self._rank, self._first = stream, collate, rank, start
