@@ -170,6 +170,7 @@ class LaneOrder:
 
     Attributes:
         chunk: u.
+        shares: How often each source is drawn from in a cycle of `CYCLE` samples.
         samples: Samples in all sources together.
         batches_per_epoch: Batches in a pass over the one source, or over as many samples as all sources have.
 
@@ -196,6 +197,7 @@ class LaneOrder:
         self.samples = sum(totals)
         self.batches_per_epoch = self.samples // batch
         self._mixture = _Mixture(weights, names, seed) if len(sources) > 1 else None
+        self.shares = [CYCLE] if self._mixture is None else self._mixture.shares
         if self._mixture is None and totals[0] < batch:
             remedy = f"Use run.batch_size={max(1, totals[0])} or less, or more data."
             raise ClocError(f"holds {totals[0]} samples, fewer than one batch of {batch}", file=names[0], remedy=remedy)
@@ -273,10 +275,6 @@ class LaneOrder:
             epoch, inner = divmod(number, self.sources[source].lane_range(lane)[1])
             found.append(Draw(source, epoch, lane, inner))
         return found
-
-    def describe(self) -> str:
-        """What the order depends on besides the data and the seed, in one line."""
-        return f"{self.lanes} lanes, chunks of {self.chunk}, blocks of {self.block}"
 
 
 class _Mixture:

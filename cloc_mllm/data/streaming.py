@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cloc_mllm.data.dataset import BadSample, SkipCount, require_bad_sample
-from cloc_mllm.data.lanes import Block, Draw, LaneOrder
+from cloc_mllm.data.lanes import CYCLE, Block, Draw, LaneOrder
 from cloc_mllm.data.readers import Sample, sample_name
 from cloc_mllm.data.shards import SampleBlock, ShardReader, ShardSet
 from cloc_mllm.errors import ClocError
@@ -55,6 +55,15 @@ class ShardStream:
     def skipped(self) -> int:
         """How often a broken sample was replaced by another, in this process and its workers."""
         return self._skips.total
+
+    def describe(self) -> str:
+        """What the order depends on besides the seed and the contents of the shards."""
+        held = [
+            f"{sum(source.counts)} samples of {source.name} ({share}/{CYCLE})"
+            for source, share in zip(self.sources, self.order.shares, strict=True)
+        ]
+        order = f"{self.order.lanes} lanes, chunks of {self.order.chunk}, blocks of {self.order.block}"
+        return f"{order}, {' and '.join(held)}"
 
     def reader(self) -> ShardStreamReader:
         """A reader of chunks, for one worker."""

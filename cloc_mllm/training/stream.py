@@ -195,19 +195,15 @@ class LaneStream:
             ClocError: The run is resumed with another order: samples would be seen twice or never.
         """
         path = folder / ORDER_FILE
-        order = {
-            "order": self.data.order.describe(),
-            "sources": {source.name: sum(source.counts) for source in self.data.sources},
-        }
-        if resumed and path.exists() and (noted := json.loads(path.read_text(encoding="utf-8"))) != order:
+        order = self.data.describe()
+        if resumed and path.exists() and (noted := json.loads(path.read_text(encoding="utf-8"))["order"]) != order:
             raise ClocError(
-                f"the stream had {noted['order']} over {noted['sources']}, and has {order['order']} over "
-                f"{order['sources']} now",
+                f"the stream had {noted}, and has {order} now",
                 file=path,
                 remedy="Set data.* and run.batch_size as they were, or start a new run from the checkpoint's weights.",
             )
         if write:
-            path.write_text(json.dumps(order, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps({"order": order}, indent=1) + "\n", encoding="utf-8")
 
 
 ORDER_FILE = "stream.json"
