@@ -285,7 +285,7 @@ class TarFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self._file: ByteFile | None = ByteFile(self.path)
+        self._file = ByteFile(self.path)
         offsets = read_index(self.path, self._file.size)
         if offsets is None and is_url(self.path):
             remedy = f"Put {index_path(self.path)} beside it: training on the shard where it is on disk writes one."
@@ -297,8 +297,6 @@ class TarFile:
 
     def block(self, start: int, stop: int) -> TarBlock:
         """The samples from `start` up to `stop`, read at once."""
-        if self._file is None:
-            self._file = ByteFile(self.path)
         offsets = self._offsets[start : stop + 1]
         return TarBlock(self.path, self._file.read(int(offsets[0]), int(offsets[-1])), offsets, start)
 
@@ -316,6 +314,3 @@ class TarFile:
     def _one(self, index: int) -> TarBlock:
         index = range(len(self))[index]
         return self.block(index, index + 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}

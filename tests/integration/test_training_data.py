@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def write_down(rank: int, argv: list[str], record: str) -> None:
         return original(self, model, inputs, *args, **kwargs)
 
     PretrainTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    # Workers as a launcher's process has them; a rank would start its own the way it was started itself, which is slow.
+    multiprocessing.set_start_method("fork", force=True)
     run_program(rank, "pretrain_cloc", argv)
 
 

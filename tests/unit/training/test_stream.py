@@ -14,7 +14,7 @@ from cloc_mllm.data.readers import open_samples
 from cloc_mllm.data.tar_shards import TarFile
 from cloc_mllm.data.tar_writer import WebDatasetWriter
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training.config import PretrainConfig, load_config, plan_batch
+from cloc_mllm.training.config import PretrainConfig, load_config, plan_batch, write_config
 from cloc_mllm.training.launch import World
 from cloc_mllm.training.pretrain import training_stream
 from cloc_mllm.training.stream import LaneStream, StepStream, TrainLoader
@@ -180,7 +180,10 @@ def test_what_is_streamed_and_what_is_not(shards: Path, tmp_path: Path) -> None:
     assert kind(f"{shards}/*-0000[12].tar") is LaneStream
     assert kind(str(lines)) is StepStream
     assert kind(str(lines), "data.streaming=true") is LaneStream
-    assert kind(f"[{{path: {lines}, weight: 2}}, {{path: {shards}}}]") is LaneStream
+    mixture = f"[{{path: {lines}, weight: 2}}, {{path: {shards}}}]"
+    assert kind(mixture) is LaneStream
+    write_config(preset(mixture), tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml") == preset(mixture)
     with pytest.raises(ClocError, match="is a mixture, which is streamed"):
         preset(f"[{{path: {lines}}}, {{path: {shards}}}]", "data.streaming=false")
     with pytest.raises(ClocError, match="names no data"):
