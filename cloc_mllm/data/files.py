@@ -103,6 +103,12 @@ class ByteFile:
         return data
 
 
+def open_url(path: str) -> Any:
+    """A file behind a URL, opened for reading bytes at any place; `ClocError` or `OSError` if that cannot be done."""
+    system, place = _file_system(path)
+    return system.open(place, "rb")
+
+
 def read_text(path: str) -> str | None:
     """The text of a small file beside the data, or None if there is none."""
     system, place = _file_system(path)

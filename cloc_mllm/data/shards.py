@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from cloc_mllm.data.files import ByteFile, is_url
+from cloc_mllm.data.files import ByteFile, is_url, open_url
 from cloc_mllm.data.readers import Sample, SampleSource, open_file, sample_of_row, shard_files
 from cloc_mllm.data.tar_shards import TarFile, index_path, read_index, scan_tar, write_index
 from cloc_mllm.errors import ClocError
@@ -153,15 +153,10 @@ class _ParquetShard:
         # Imported here: only those who read Parquet pay for it.
         import pyarrow
         import pyarrow.parquet
-        from fsspec.core import url_to_fs
 
         self.path = path
         try:
-            file: Any = path
-            if is_url(path):
-                system, place = url_to_fs(path)
-                file = system.open(place, "rb")
-            self._file = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+            self._file = pyarrow.parquet.ParquetFile(open_url(path) if is_url(path) else path, pre_buffer=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ClocError(f"not a readable Parquet file: {reason}", file=path, remedy="Write it anew.") from error

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
@@ -46,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream_of(
-    *paths: Path,
+    *paths: Path | str,
     lanes: int = 4,
     block: int = 6,
     on_bad: Any = "error",
@@ -181,6 +182,14 @@ def test_messages_name_file_and_place(data: Path) -> None:
         shard, row = stream.order.sources[0].locate(draw)
         block = stream.sources[0].open(shard).block(row, row + 1)
         assert block.sample(0)["id"] == stream.reader().chunk(7)[0]["id"]
+
+
+def test_parquet_behind_a_url(data: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for file in (data / "parquet").iterdir():
+        memory.pipe(f"/rows/{file.name}", file.read_bytes())
+    near, far = stream_of(data / "parquet").reader(), stream_of("memory://rows").reader()
+    assert [near.chunk(k)[0]["caption"] for k in range(44)] == [far.chunk(k)[0]["caption"] for k in range(44)]
 
 
 def test_parquet_that_would_take_too_much_memory_or_cannot_be_read(
