@@ -57,9 +57,9 @@ class ShardStream:
         return self._skips.total
 
     def describe(self) -> str:
-        """What the order depends on besides the seed and the contents of the shards."""
+        """What the order depends on besides the seed and the contents of the shards, wherever these are."""
         held = [
-            f"{sum(source.counts)} samples of {source.name} ({share}/{CYCLE})"
+            f"{share}/{CYCLE} from {sum(source.counts)} samples in {len(source.counts)} files"
             for source, share in zip(self.sources, self.order.shares, strict=True)
         ]
         order = f"{self.order.lanes} lanes, chunks of {self.order.chunk}, blocks of {self.order.block}"
@@ -88,29 +88,29 @@ class ShardStream:
         return None
 
     def _item(self, block: HeldBlock, draw: Draw, number: int) -> dict[str, Any]:
-        piece, row, inner = block.find(number)
+        shard, piece, row, inner = block.find(number)
         raw = piece.sample(inner)
         file, place = piece.where(inner)
-        rng = random.Random(f"{self.seed}-{draw.epoch}-{file}-{row}")
+        rng = random.Random(f"{self.seed}-{draw.epoch}-{draw.source}-{shard}-{row}")
         return self.make_item(raw, file, sample_name(raw, place), piece.folder(inner), rng)
 
 
 class HeldBlock:
-    """A block in memory: the pieces of shards it lies in, and the order of its samples."""
+    """A block in memory: the order of its samples, and each shard it lies in, with the first row and what was read."""
 
-    def __init__(self, epoch: int, number: int, turns: list[int], pieces: list[tuple[int, SampleBlock]]) -> None:
+    def __init__(self, epoch: int, number: int, turns: list[int], pieces: list[tuple[int, int, SampleBlock]]) -> None:
         self.epoch, self.number, self.turns = epoch, number, turns
         self._pieces = pieces
         self._starts = [0]
-        for _, piece in pieces:
+        for _, _, piece in pieces:
             self._starts.append(self._starts[-1] + len(piece))
 
-    def find(self, number: int) -> tuple[SampleBlock, int, int]:
-        """The piece that holds a sample, the sample's row in its shard, and its number in the piece."""
+    def find(self, number: int) -> tuple[int, SampleBlock, int, int]:
+        """The shard of a sample, the piece that holds it, its row in the shard, and its number in the piece."""
         at = bisect_right(self._starts, number) - 1
-        first, piece = self._pieces[at]
+        shard, first, piece = self._pieces[at]
         inner = number - self._starts[at]
-        return piece, first + inner, inner
+        return shard, piece, first + inner, inner
 
 
 class ShardStreamReader:
@@ -162,7 +162,7 @@ class ShardStreamReader:
     def _read(self, draw: Draw, block: Block) -> HeldBlock:
         order = self._stream.order.sources[draw.source]
         pieces = [
-            (first, self._shard(draw, shard).block(first, after))
+            (shard, first, self._shard(draw, shard).block(first, after))
             for shard, first, after in order.pieces(draw.epoch, block)
         ]
         return HeldBlock(draw.epoch, block.number, order.permutation(draw.epoch, block), pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,9 @@ def test_a_run_is_not_resumed_with_another_order(shards: Path, tmp_path: Path) -
 
     keep(False)
     keep(True, "run.workers=2")
+    assert "from 70 samples in 6 files" in (tmp_path / "stream.json").read_text()
+    shutil.copytree(shards, tmp_path / "moved")
+    keep(True, f"data.train={tmp_path / 'moved'}")
     with pytest.raises(ClocError, match=r"had 32 lanes, chunks of 2, blocks of 4,.*has 32 .* blocks of 8,"):
         keep(True, "data.shuffle_block=8")
     with pytest.raises(ClocError, match=r"stream\.json"):
