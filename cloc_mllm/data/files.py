@@ -65,20 +65,20 @@ class ByteFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._system: Any = None
         try:
             if is_url(path):
-                self._connect()
-                self.size = int(self._system.size(self._place))
+                self.size = int(self._connect().size(self._place))
             else:
+                self._system: Any = None
                 self.size = os.path.getsize(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ClocError(f"cannot read the file: {reason}", file=path, remedy="Check the path.") from error
 
-    def _connect(self) -> None:
+    def _connect(self) -> Any:
         self._system, self._place = _file_system(self.path)
         self._process = os.getpid()
+        return self._system
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from `start` up to `stop`.
