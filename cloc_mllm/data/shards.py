@@ -2,7 +2,8 @@
 
 Tar shards are read through their index (see `tar_shards`), Parquet row group by row group with pyarrow. `datasets` does
 neither here: its streaming readers (5.2) start a tar at its beginning and resume inside a row group by reading and
-dropping rows, and cost more for each sample; `scripts/benchmarks/shard_reading.py` measures them beside these.
+dropping rows; a tar sample costs them several times as much, a Parquet row about the same
+(`scripts/benchmarks/shard_reading.py` measures them beside these).
 JSON lines and lists are taken as well, through their map-style readers, so that a mixture may hold anything.
 """
 
