@@ -34,24 +34,22 @@ def main() -> None:
     checkpoint = open_run_folder(config, args.resume, world)
 
     from cloc_mllm.data.collate import RegionTextCollator
-    from cloc_mllm.data.dataset import RegionTextDataset
     from cloc_mllm.training.encoder import build_encoder
     from cloc_mllm.training.parts import apply_parts, describe
-    from cloc_mllm.training.pretrain import PretrainTrainer, needs_regions, validation_subset
-    from cloc_mllm.training.stream import StepStream
+    from cloc_mllm.training.pretrain import PretrainTrainer, needs_regions, training_stream, validation_subset
+    from cloc_mllm.training.stream import LaneStream
     from cloc_mllm.training.trainer import training_arguments
 
     # 3. The data, in an order that depends on the seed and the position only.
-    dataset = RegionTextDataset(config.data.train, max_regions=config.data.max_regions, seed=config.run.seed)
-    stream = StepStream(
-        dataset, plan, steps=config.run.steps, epochs=config.run.epochs, seed=config.run.seed, name=config.data.train
-    )
+    stream = training_stream(config, plan, world)
+    if isinstance(stream, LaneStream):
+        stream.keep_order(Path(config.run.output), resumed=checkpoint is not None, write=world.is_main)
 
     # 4. The model, whole on every process: ZeRO-3 shards it later, and its checkpoint keeps its plain names.
     model, processor = build_encoder(config, world)
     trained, reports = apply_parts(model, config.parts, config.optim)
     if world.is_main:
-        print(f"{plan}, {stream.steps} steps of {len(dataset):,} samples\n{describe(reports)}", flush=True)
+        print(f"{plan}, {stream.steps} steps of {len(stream.dataset):,} samples\n{describe(reports)}", flush=True)
 
     # 5. The trainer.
     trainer = PretrainTrainer(

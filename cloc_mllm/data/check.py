@@ -136,11 +136,13 @@ def checkable_files(path: str | Path) -> list[Path]:
         files = [
             file
             for file in sorted(path.glob(pattern))
-            if file.suffix in (".jsonl", ".parquet", ".json") and file.name != "dataset.json"
+            if file.suffix in (".jsonl", ".parquet", ".tar", ".json") and file.name != "dataset.json"
         ]
         if files:
             return files
-    raise ClocError("the folder holds no samples", file=path, remedy="Samples are in .jsonl, .json or .parquet files.")
+    raise ClocError(
+        "the folder holds no samples", file=path, remedy="Samples are in .jsonl, .json, .parquet or .tar files."
+    )
 
 
 def check_data(path: str | Path, progress: bool = True) -> CheckReport:

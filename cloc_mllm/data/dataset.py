@@ -59,20 +59,42 @@ def unique_regions(regions: Sequence[Mapping[str, Any]]) -> list[bool]:
     ]
 
 
+def require_bad_sample(on_bad_sample: str) -> None:
+    """Raises `ClocError` for anything but "error" and "skip"."""
+    if on_bad_sample not in ("error", "skip"):
+        raise ClocError(f"on_bad_sample is '{on_bad_sample}'", remedy="Write error or skip.")
+
+
+class SkipCount:
+    """Counts in shared memory, so that a process sees what its workers have skipped."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
+
+    def add(self) -> None:
+        """Counts one, for this worker."""
+        worker = get_worker_info()
+        self._counts[0 if worker is None else 1 + worker.id % (_SLOTS - 1)] += 1
+
+    @property
+    def total(self) -> int:
+        """The count of this process and its workers."""
+        return int(self._counts.sum())
+
+
 class _SampleDataset(Dataset[dict[str, Any]], ABC):
     """What both data sets share: a source, an epoch, and what happens to a broken sample."""
 
     def __init__(self, source: SampleSource, seed: int, on_bad_sample: BadSample) -> None:
-        if on_bad_sample not in ("error", "skip"):
-            raise ClocError(f"on_bad_sample is '{on_bad_sample}'", remedy="Write error or skip.")
+        require_bad_sample(on_bad_sample)
         if len(source) == 0:
             raise ClocError("there are no samples", file=source_file(source), remedy="Check the path.")
         self.source = source
         self.seed = seed
         self.on_bad_sample = on_bad_sample
-        # In shared memory, so that workers that live for several epochs see it change and can report what they skipped.
+        # In shared memory, so that workers that live for several epochs see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._skipped = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
+        self._skips = SkipCount()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -84,7 +106,7 @@ class _SampleDataset(Dataset[dict[str, Any]], ABC):
     @property
     def skipped(self) -> int:
         """How often a broken sample was replaced by another, in this process and its workers."""
-        return int(self._skipped.sum())
+        return self._skips.total
 
     def where(self, index: int) -> tuple[str | None, str]:
         """File and name of a sample, for messages."""
@@ -95,24 +117,23 @@ class _SampleDataset(Dataset[dict[str, Any]], ABC):
             return file, place
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index, int(self._epoch[0]))
+
+    def item(self, index: int, epoch: int) -> dict[str, Any]:
+        """The item at an index in a given pass over the data, whatever pass `set_epoch` has said it is."""
         index = range(len(self))[index]
         # The next sample that is whole stands in for a broken one: batches keep their size on every rank.
         for step in range(len(self)):
             try:
-                return self._load((index + step) % len(self))
+                return self._load((index + step) % len(self), epoch)
             except ClocError:
                 if self.on_bad_sample == "error":
                     raise
-                worker = get_worker_info()
-                self._skipped[0 if worker is None else 1 + worker.id % (_SLOTS - 1)] += 1
+                self._skips.add()
         raise ClocError("every sample is broken", file=source_file(self.source), remedy="Run `cloc-mllm data check`.")
 
-    def _rng(self, index: int) -> random.Random:
-        # Seeding by text takes microseconds, a numpy generator most of a millisecond: as long as decoding the picture.
-        return random.Random(f"{self.seed}-{int(self._epoch[0])}-{index}")
-
     @abstractmethod
-    def _load(self, index: int) -> dict[str, Any]:
+    def _load(self, index: int, epoch: int) -> dict[str, Any]:
         """The item at an index; `ClocError` if its sample is broken."""
 
 
@@ -150,26 +171,52 @@ class RegionTextDataset(_SampleDataset):
         super().__init__(open_samples(data, "regions.jsonl"), seed, on_bad_sample)
         self.max_regions = max_regions
 
-    def _load(self, index: int) -> dict[str, Any]:
+    def _load(self, index: int, epoch: int) -> dict[str, Any]:
         raw = self.source[index]
         file, place = self.source.where(index)
-        name = sample_name(raw, place)
-        image = open_image(raw.get("image"), self.source.folder(index), file, name)
-        raise_first(region_text_problems(raw, image.size), file, name)
-        rng = self._rng(index)
-        unique = unique_regions(raw["regions"])
-        regions = [{**region, "unique": alone} for region, alone in zip(raw["regions"], unique, strict=True)]
-        if self.max_regions is not None and len(regions) > self.max_regions:
-            regions = [regions[k] for k in sorted(rng.sample(range(len(regions)), self.max_regions))]
-        return {
-            "image": image,
-            "width": image.width,
-            "height": image.height,
-            "caption": str(rng.choice(raw.get("captions") or [raw["caption"]])),
-            "regions": regions,
-            "id": str(raw.get("id", place)),
-            "index": index,
-        }
+        # Seeding by text takes microseconds, a numpy generator most of a millisecond: as long as decoding the picture.
+        rng = random.Random(f"{self.seed}-{epoch}-{index}")
+        name, folder = sample_name(raw, place), self.source.folder(index)
+        item = region_text_item(raw, file, name, folder, rng, max_regions=self.max_regions)
+        return {**item, "id": str(raw.get("id", place)), "index": index}
+
+
+def region_text_item(
+    raw: Sample,
+    file: str | None,
+    name: str,
+    folder: Path | None,
+    rng: random.Random,
+    *,
+    max_regions: int | None,
+) -> dict[str, Any]:
+    """The item that pre-training makes of a sample; see `RegionTextDataset`.
+
+    Args:
+        raw: The sample as read.
+        file: Where it stands, for messages.
+        name: What to call it.
+        folder: Where its relative image path starts.
+        rng: What regions and caption are drawn with.
+        max_regions: Most regions; None for all.
+
+    Raises:
+        ClocError: The sample breaks the schema, or its image cannot be read.
+    """
+    image = open_image(raw.get("image"), folder, file, name)
+    raise_first(region_text_problems(raw, image.size), file, name)
+    unique = unique_regions(raw["regions"])
+    regions = [{**region, "unique": alone} for region, alone in zip(raw["regions"], unique, strict=True)]
+    if max_regions is not None and len(regions) > max_regions:
+        regions = [regions[k] for k in sorted(rng.sample(range(len(regions)), max_regions))]
+    return {
+        "image": image,
+        "width": image.width,
+        "height": image.height,
+        "caption": str(rng.choice(raw.get("captions") or [raw["caption"]])),
+        "regions": regions,
+        "id": str(raw.get("id", name)),
+    }
 
 
 class ConversationDataset(_SampleDataset):
@@ -198,7 +245,7 @@ class ConversationDataset(_SampleDataset):
     ) -> None:
         super().__init__(open_samples(data, preferred), seed, on_bad_sample)
 
-    def _load(self, index: int) -> dict[str, Any]:
+    def _load(self, index: int, epoch: int) -> dict[str, Any]:
         raw = self.source[index]
         file, place = self.source.where(index)
         name = sample_name(raw, place)

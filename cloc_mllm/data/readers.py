@@ -1,4 +1,4 @@
-"""Opens samples on disk without reading them all: indexed JSON lines, Parquet through `datasets`, JSON lists.
+"""Opens samples on disk without reading them all: JSON lines, Parquet through `datasets`, tar shards, JSON lists.
 
 Every source is map-style (length and random access), knows where a sample stands (for messages) and which folder its
 image paths are relative to, and can be sent to worker processes. Nothing is validated or decoded here.
@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cloc_mllm.data.files import glob_files, is_glob, is_url, list_folder
+from cloc_mllm.data.tar_shards import Sample, TarFile
 from cloc_mllm.errors import ClocError
 
-Sample = dict[str, Any]
 _SCAN_BYTES = 1 << 24
 
 
@@ -173,18 +174,7 @@ class ParquetFile:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
-        row = {name: _plain(value) for name, value in self._table[index].items() if value is not None}
-        for name in ("messages", "conversations"):
-            if isinstance(row.get(name), str):
-                row[name] = json.loads(row[name])
-        for region in row.get("regions", ()):
-            if isinstance(region, dict) and isinstance(region.get("attributes"), str):
-                region["attributes"] = json.loads(region["attributes"])
-        if "images" in row:
-            row["images"] = [_encoded(image) for image in row["images"]]
-        if "image" in row:
-            row["image"] = _encoded(row["image"])
-        return row
+        return sample_of_row(self._table[index])
 
     def where(self, index: int) -> tuple[str, str]:
         """File and row of a sample."""
@@ -193,6 +183,22 @@ class ParquetFile:
     def folder(self, index: int) -> Path:
         """The folder of the file."""
         return self.path.parent
+
+
+def sample_of_row(row: Mapping[str, Any]) -> Sample:
+    """The raw sample of a row of a Parquet file, whose images are stored as `datasets` stores them."""
+    sample = {name: _plain(value) for name, value in row.items() if value is not None}
+    for name in ("messages", "conversations"):
+        if isinstance(sample.get(name), str):
+            sample[name] = json.loads(sample[name])
+    for region in sample.get("regions", ()):
+        if isinstance(region, dict) and isinstance(region.get("attributes"), str):
+            region["attributes"] = json.loads(region["attributes"])
+    if "images" in sample:
+        sample["images"] = [_encoded(image) for image in sample["images"]]
+    if "image" in sample:
+        sample["image"] = _encoded(sample["image"])
+    return sample
 
 
 def _plain(value: Any) -> Any:
@@ -260,11 +266,20 @@ class Joined:
         return part.folder(inner)
 
 
-_READERS: dict[str, Callable[[Path], SampleSource]] = {".jsonl": JsonLines, ".json": JsonList, ".parquet": ParquetFile}
+_READERS: dict[str, Callable[[Path], SampleSource]] = {
+    ".jsonl": JsonLines,
+    ".json": JsonList,
+    ".parquet": ParquetFile,
+    ".tar": TarFile,
+}
+
+
+SHARD_KINDS = (".parquet", ".tar")
+"""Endings of files of which a data set has many."""
 
 
 def open_file(path: str | Path) -> SampleSource:
-    """The samples of one .jsonl, .json or .parquet file.
+    """The samples of one .jsonl, .json, .parquet or .tar file.
 
     Raises:
         ClocError: The file is missing, unreadable or of another kind.
@@ -279,11 +294,17 @@ def open_file(path: str | Path) -> SampleSource:
 def data_files(path: str | Path, preferred: str = "regions.jsonl") -> list[Path]:
     """The files that hold the samples of a path: itself, or for a folder the one meant.
 
-    In a folder the `preferred` file is taken, else all its .parquet files, else its only .jsonl or .json file.
+    In a folder the `preferred` file is taken, else all its .parquet files or all its .tar shards, else its only .jsonl
+    or .json file. A pattern (`data/train-*.tar`) means the files that fit it.
 
     Raises:
-        ClocError: There is nothing there, no file to take, or a choice between several.
+        ClocError: There is nothing there, no file to take, or a choice between several; or it is a URL.
     """
+    if is_url(path):
+        remedy = "Stream it (data.streaming=true), or copy it to disk."
+        raise ClocError("samples behind a URL cannot be read at random", file=path, remedy=remedy)
+    if is_glob(path):
+        return [Path(file) for file in glob_files(path)]
     path = Path(path)
     if path.is_file():
         return [path]
@@ -291,8 +312,9 @@ def data_files(path: str | Path, preferred: str = "regions.jsonl") -> list[Path]
         raise ClocError("no such file or folder", file=path, remedy="Check the path.")
     if (path / preferred).is_file():
         return [path / preferred]
-    if parquet := sorted(path.glob("*.parquet")):
-        return parquet
+    for kind in SHARD_KINDS:
+        if shards := sorted(path.glob(f"*{kind}")):
+            return shards
     splits = sorted(part.parent.name for part in path.glob(f"*/{preferred}"))
     if splits:
         remedy = f"Name one of its splits: {', '.join(f'{path.name}/{split}' for split in splits)}."
@@ -301,10 +323,29 @@ def data_files(path: str | Path, preferred: str = "regions.jsonl") -> list[Path]
     if len(lines) == 1:
         return lines
     if not lines:
-        remedy = f"A data folder holds {preferred}, .parquet files or one .jsonl file."
+        remedy = f"A data folder holds {preferred}, .parquet files, .tar shards or one .jsonl file."
         raise ClocError("the folder holds no samples", file=path, remedy=remedy)
     names = ", ".join(file.name for file in lines)
     raise ClocError(f"the folder holds several files: {names}", file=path, remedy="Name the one you mean.")
+
+
+def shard_files(path: str | Path, preferred: str = "regions.jsonl") -> list[str]:
+    """The files of a path to be streamed: as `data_files`, and behind a URL the file, folder or pattern it names.
+
+    Raises:
+        ClocError: See `data_files`.
+    """
+    if not is_url(path):
+        return [str(file) for file in data_files(path, preferred)]
+    if is_glob(path):
+        return glob_files(path)
+    if str(path).endswith(SHARD_KINDS):
+        return [str(path)]
+    listed = list_folder(str(path))
+    for kind in SHARD_KINDS:
+        if shards := [file for file in listed if file.endswith(kind)]:
+            return shards
+    raise ClocError("holds no .parquet or .tar shards", file=path, remedy="Check the address.")
 
 
 def open_samples(

@@ -1,4 +1,4 @@
-"""Writes samples: JSON lines that name images, or Parquet shards that hold them.
+"""Writes samples: JSON lines that name images, or Parquet or WebDataset shards that hold them.
 
 A file appears under its name only when it is complete; a run that is stopped leaves a `.part` file behind.
 """
@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from cloc_mllm.data.messages import image_items, messages_of
 from cloc_mllm.data.readers import Sample, resolve_image
 from cloc_mllm.data.schema import kind_of
+from cloc_mllm.data.tar_writer import WebDatasetWriter
 from cloc_mllm.errors import ClocError
 
-FORMATS = ("jsonl", "parquet")
+FORMATS = ("jsonl", "parquet", "webdataset")
 _ROW_GROUP, _SHARD = 128, 4096
 
 
@@ -258,7 +259,7 @@ def _arrow_schema(conversations: bool) -> Any:
 def open_writer(
     out: str | Path, file_format: str = "jsonl", name: str = "regions", copy_images: bool = False
 ) -> SampleWriter:
-    """A writer of the format called "jsonl" or "parquet".
+    """A writer of the format called "jsonl", "parquet" or "webdataset".
 
     Raises:
         ClocError: There is no such format.
@@ -267,4 +268,6 @@ def open_writer(
         return JsonlWriter(out, name, copy_images)
     if file_format == "parquet":
         return ParquetWriter(out, name)
+    if file_format == "webdataset":
+        return WebDatasetWriter(out, name)
     raise ClocError(f"unknown format '{file_format}'", remedy=f"Choose one of {', '.join(FORMATS)}.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -49,7 +49,10 @@ def load_image(source: ImageSource) -> Image.Image:
         else:
             image = Image.open(Path(source))
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        # Both copy the pixels even where there is nothing to do.
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist") from error
     except UnidentifiedImageError as error:

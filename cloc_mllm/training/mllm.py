@@ -250,8 +250,12 @@ class AlignConversations(Dataset):
         self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
-        order = np.random.default_rng([self.seed, self._epoch, index]).permutation(len(item["regions"]))
+        return self.item(index, self._epoch)
+
+    def item(self, index: int, epoch: int) -> dict[str, Any]:
+        """The conversation at an index in a given pass over the data."""
+        item = self.dataset.item(index, epoch)
+        order = np.random.default_rng([self.seed, epoch, index]).permutation(len(item["regions"]))
         regions = [item["regions"][int(k)] for k in order]
         to_find = [region for region in regions if region["unique"]][: self.options.grounding]
         to_name = [region for region in regions if not any(region is found for found in to_find)]

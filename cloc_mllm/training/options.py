@@ -229,14 +229,44 @@ class ZeroShotOptions(Block):
         return value
 
 
-class RegionTextOptions(Block):
-    """Region-text data for pre-training."""
+class SourceOptions(Block):
+    """One source of a mixture."""
 
-    train: str = Field(description="region-text samples: a folder or a .jsonl file")
-    validation: str | None = option(None, "the same, for validation")
+    path: str = Field(description="region-text samples: a folder, file, pattern or URL")
+    weight: Annotated[float, Field(gt=0)] = option(1.0, "how often it is drawn from, relative to the others")
+
+
+class RegionTextOptions(Block):
+    """Region-text data for pre-training. A mixture in `train` is a list of {path: …, weight: …}."""
+
+    train: str | list[SourceOptions] = Field(description="a folder, file, pattern or URL; or a list of path and weight")
+    validation: str | None = option(None, "a folder or file, for validation")
     max_regions: Positive = option(4, "regions sampled from an image each time it is seen (paper: 4)")
     validation_samples: Positive = option(256, "samples validated on, from the start of the file")
     zero_shot: ZeroShotOptions | None = option(None, "zero-shot classification at every validation; null: none")
+    on_bad_sample: Literal["error", "skip"] = option("error", "error: stop; skip: another stands in, and is counted")
+    streaming: bool | None = option(None, "read in lanes with constant memory; null: for mixtures, .tar and URLs")
+    lanes: Positive = option(64, "streaming: places of the data that are read at once")
+    chunk: Positive | None = option(None, "streaming: samples in a row from a lane; null: by batch_size and lanes")
+    shuffle_block: Positive = option(64, "streaming: samples shuffled with each other; held for every lane")
+
+    @field_validator("train")
+    @classmethod
+    def _some_source(cls, value: str | list[SourceOptions]) -> str | list[SourceOptions]:
+        if not value:
+            raise ValueError("names no data")
+        return value
+
+    @model_validator(mode="after")
+    def _mixtures_are_streamed(self) -> RegionTextOptions:
+        if self.streaming is False and len(self.sources) > 1:
+            raise ValueError("'train' is a mixture, which is streamed: leave 'streaming' null")
+        return self
+
+    @property
+    def sources(self) -> list[SourceOptions]:
+        """The sources of `train`, also if it is but one."""
+        return [SourceOptions(path=self.train)] if isinstance(self.train, str) else self.train
 
 
 class PretrainObjective(Block):

@@ -15,7 +15,7 @@ from cloc_mllm.data.messages import messages_of
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
-from cloc_mllm.training.options import TokenizerOptions
+from cloc_mllm.training.options import SourceOptions, TokenizerOptions
 
 # `<eos>` must not be 2: transformers' CLIP takes 2 as a sign of an old checkpoint and pools at the largest id.
 TEXT_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
@@ -124,23 +124,26 @@ def train_chat_tokenizer(texts: Iterable[str], options: TokenizerOptions) -> Pre
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
 
 
-def corpus(paths: str | Sequence[str], files: Sequence[str] = ("regions.jsonl",)) -> Iterator[str]:
+def corpus(
+    paths: str | Sequence[str] | Sequence[SourceOptions], files: Sequence[str] = ("regions.jsonl",)
+) -> Iterator[str]:
     """Yield every text of region-text samples or conversations, without opening an image.
 
     Args:
-        paths: A data folder or file, or several.
+        paths: A data folder or file, or several, or the sources of a mixture.
         files: Which files of a folder to read, those of them that it has.
 
     Raises:
         ClocError: A path cannot be opened, or none holds a text.
     """
     found = False
-    for path in [paths] if isinstance(paths, str) else paths:
+    for source in [paths] if isinstance(paths, str) else paths:
+        path = source.path if isinstance(source, SourceOptions) else source
         wanted = [name for name in files if Path(path, name).is_file()] or list(files[:1])
         for name in wanted:
-            source = open_samples(path, name)
-            for index in range(len(source)):
-                for text in texts_of(source[index]):
+            samples = open_samples(path, name)
+            for index in range(len(samples)):
+                for text in texts_of(samples[index]):
                     found = True
                     yield text
     if not found:

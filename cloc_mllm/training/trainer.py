@@ -23,13 +23,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training import launch
 from cloc_mllm.training.checkpoint import RunState
 from cloc_mllm.training.config import AnyConfig, BatchPlan
 from cloc_mllm.training.ema import averaged_weights, base_optimizer, keep_average
 from cloc_mllm.training.log import RunLog, keep_gradient_norm, peak_memory_gib, shows_progress
 from cloc_mllm.training.parts import parameter_groups
-from cloc_mllm.training.stream import StepStream
+from cloc_mllm.training.stream import SampleStream, TrainLoader
 
 FULL_PRECISION_INPUTS = ("input_boxes", "region_boxes", "ground_boxes")
 
@@ -72,7 +73,7 @@ def training_arguments(
         activation_checkpointing=run.activation_checkpointing,
         dataloader_num_workers=run.workers,
         dataloader_pin_memory=not world.use_cpu,
-        train_sampling_strategy="sequential",  # StepStream has the order
+        ignore_data_skip=True,  # TrainLoader starts where the run stands
         remove_unused_columns=False,
         prediction_loss_only=True,
         logging_steps=run.log_every,
@@ -110,7 +111,7 @@ class ClocTrainer(Trainer):
         config: AnyConfig,
         world: launch.World,
         zero: dict[str, Any] | None,
-        stream: StepStream,
+        stream: SampleStream,
         *,
         processor: Any,
         **kwargs: Any,
@@ -137,6 +138,17 @@ class ClocTrainer(Trainer):
         self._waited = 0.0
         self._micro_step = 0
         self._shows_average = False
+
+    def get_train_dataloader(self) -> Any:
+        """Return this process's micro-batches; accelerate has no part in it, see `TrainLoader`."""
+        return TrainLoader(
+            self.stream,
+            self.data_collator,
+            self.world.rank,
+            lambda: self.state.global_step * self.stream.plan.accumulation,
+            workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -183,16 +195,13 @@ class ClocTrainer(Trainer):
         self._micro_step = (self._micro_step + 1) % self.stream.plan.accumulation
         if bool(torch.isfinite(loss)):
             return
-        positions = self.stream.positions(micro_step, self.world.rank)
-        indices = [self.stream.locate(position)[1] for position in positions]
-        shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
         parts = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
         batch = Path(self.args.output_dir) / f"not-finite-step{self.state.global_step + 1}-process{self.world.rank}.pt"
         torch.save(dict(inputs), batch)
         raise ClocError(
             f"the loss is {float(loss)} at step {self.state.global_step + 1} ({parts}) on process {self.world.rank}",
             file=batch,
-            sample=f"numbers {shown} of the training data",
+            sample=self.stream.name_of(micro_step, self.world.rank),
             remedy="The file holds the batch (torch.load). Lower optim.lr or lengthen optim.warmup; "
             "`cloc-mllm data check` finds broken samples.",
         )
@@ -286,6 +295,9 @@ class ClocTrainer(Trainer):
                 logs["data_wait"] = self._waited / (now - then)
             logs["memory_gib"] = peak_memory_gib()
             self._window, self._waited = (now, done), 0.0
+            if self.stream.skipped is not None:
+                own = torch.tensor(float(self.stream.skipped), device=self.args.device)
+                logs["skipped"] = float(all_reduce_sum(own))
         elif self._shows_average:
             logs = {**logs, "ema": self.config.optim.ema or 0.0}
         rounded = {key: _short(value) for key, value in logs.items()}

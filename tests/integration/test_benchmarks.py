@@ -49,3 +49,21 @@ def test_a_case_that_cannot_fit_is_reported_not_tried(tmp_path: Path) -> None:
 
 def test_steps_are_named_in_the_help() -> None:
     assert "against open_clip's at the same ViT" in run("encoder_step.py", "--help")
+
+
+def test_shards_are_read_whole_and_with_the_same_memory(tmp_path: Path) -> None:
+    size = ("--samples", "128", "--in-shard", "32", "--modes", "bytes", "--workers", "0", "--repeats", "1")
+    printed = run("shard_reading.py", *size, "--sides", "cloc_mllm tar", "open_clip tar", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "shard_reading.json").read_text())["results"]
+    whole, theirs, resumed, small, large = results
+    assert (whole["what"], whole["seen"], resumed["what"]) == ("pass", 128, "resume")
+    assert whole["images_per_second"] > 0
+    assert resumed["seconds"] > 0
+    assert (small["seen"], large["seen"]) == (128, 20 * 128)
+    # The small set fits into the blocks of all lanes; the large one would need 20 times as much.
+    assert large["peak_mib"] < small["peak_mib"] + 40
+    if util.find_spec("webdataset") is None or util.find_spec("open_clip_train") is None:
+        assert "No module named" in theirs["failed"]
+        assert "open_clip tar, bytes, 0 workers: " in printed
+    else:
+        assert theirs["seen"] == 128

@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=raw,
         epilog="example:\n  cloc-mllm data check data/scenes --draw sheet.png\n\nExit code 2 if there is a fault.",
     )
-    check.add_argument("path", type=Path, help="a .jsonl, .json or .parquet file, or a folder of them")
+    check.add_argument("path", type=Path, help="a .jsonl, .json, .parquet or .tar file, or a folder of them")
     check.add_argument("--draw", type=Path, metavar="SHEET", help="also draw pictures with their boxes and texts")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.set_defaults(run=_check)

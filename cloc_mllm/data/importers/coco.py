@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", required=True, type=Path, help="instances_*.json")
     parser.add_argument("--captions", required=True, type=Path, help="captions_*.json")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
-    parser.add_argument("--format", default="jsonl", choices=("jsonl", "parquet"), help="default: %(default)s")
+    parser.add_argument(
+        "--format", default="jsonl", choices=("jsonl", "parquet", "webdataset"), help="default: %(default)s"
+    )
     parser.add_argument("--copy-images", action="store_true", help="with jsonl: copy the pictures into OUT/images")
     parser.add_argument(
         "--on-bad-sample", default="error", choices=("error", "skip"), help="a missing or mismatched picture"
@@ -184,7 +186,7 @@ def convert_coco(
         instances: The instances file.
         captions: The captions file.
         out: Folder to write to.
-        file_format: "jsonl" or "parquet".
+        file_format: "jsonl", "parquet" or "webdataset".
         copy_images: With "jsonl", copy the pictures beside it instead of referring to them.
         on_bad_sample: "error" stops at a picture that is missing, unreadable or of another size than annotated;
             "skip" leaves it out and counts it.
