@@ -10,7 +10,7 @@ Source: Chen et al., "Contrastive Localized Language-Image Pre-Training" (arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ from cloc_mllm.objectives import (
     share_filtered,
 )
 from cloc_mllm.objectives.distributed import all_reduce_sum
+from cloc_mllm.training import finite
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
-from cloc_mllm.training.trainer import ClocTrainer
+from cloc_mllm.training.trainer import ClocTrainer, describe_loss
 
 MODEL_INPUTS = (
     "pixel_values",
@@ -59,6 +60,10 @@ class PretrainTrainer(ClocTrainer):
         self._replays: list[Replay] = []
         super().__init__(config, *args, model=model, **kwargs)
 
+    def loss_sees_whole_step(self) -> bool:
+        """Return whether a step's loss stays the same however its samples are dealt out: with the gradient cache."""
+        return self.objective.grad_cache
+
     def losses(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -68,7 +73,24 @@ class PretrainTrainer(ClocTrainer):
         output = _embed(model, inputs)
         if not model.training:
             self._validated.append((output.image_embeds.detach(), output.text_embeds.detach()))
-        return self.objective_of(output, inputs)
+            return self.objective_of(output, inputs)
+        return self._checked_objective(output, inputs, [inputs])
+
+    def _checked_objective(
+        self, output: Any, inputs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the objective; where it is not finite, stop and name the samples whose embeddings are not.
+
+        The loss is over the batches of all processes, so all stop here, and one sample may have spoilt it for all.
+        """
+        loss, scalars = self.objective_of(output, inputs)
+        if not bool(torch.isfinite(loss)):
+            own = self._own_samples(len(batches))()
+            broken = finite.gather_names([own[row] for row in finite.broken_images(output, inputs)])
+            what = describe_loss(loss, scalars)
+            # Embeddings that are finite, and a loss that is not: any sample may be the one.
+            self.stop_not_finite(what, batches, own, broken or finite.gather_names(own), shared=True)
+        return loss, scalars
 
     def objective_of(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the objective from the model's output.
@@ -159,7 +181,7 @@ class PretrainTrainer(ClocTrainer):
                 self._replays = plan_replays(
                     lambda inputs: _embed(model, self._prepare_inputs(dict(inputs))),
                     batches,
-                    lambda output, inputs: self.objective_of(output, self._prepare_inputs(dict(inputs))),
+                    lambda output, inputs: self._checked_objective(output, self._prepare_inputs(dict(inputs)), batches),
                 )
         return batches, items
 

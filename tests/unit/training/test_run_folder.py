@@ -28,7 +28,7 @@ from cloc_mllm.training.tokenizer import corpus, train_chat_tokenizer, train_tex
 from cloc_mllm.training.trainer import ClocTrainer, _clamp_bounded_groups
 from tests.builders_training import CONFIGS, write_conversations, write_regions
 
-STATE = RunState("pretrain", 1, 2, "fp32", 8, 4, 0, 10, 100)
+STATE = RunState("pretrain", 1, 2, "fp32", 8, 8, 0, 10, 100)
 
 
 def checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
@@ -65,7 +65,7 @@ def test_resuming_where_nothing_is_to_be_resumed_is_an_error(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"world_size": 4}, "the number of processes was 2 and is 4 now"),
+        ({"loss_batch": 4}, "contrasted or averaged at once .* was 8 and is 4 now"),
         ({"zero": 3}, "the ZeRO stage was 1 and is 3 now"),
         ({"precision": "bf16"}, "the precision was 'fp32' and is 'bf16' now"),
         ({"samples": 99}, "the number of training samples was 100 and is 99 now"),
@@ -138,13 +138,15 @@ def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_batch(tm
     batch = {"pixel_values": torch.full((2, 3), math.nan)}
     bare._require_finite(torch.tensor(1.0), {}, batch)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ClocError, match="the loss is nan at step 4") as error:
+    with pytest.raises(ClocError, match=r"the loss is nan \(loss_clip nan\) at step 4 on process 1") as error:
         bare._require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)}, batch)
     kept = tmp_path / "not-finite-step4-process1.pt"
     assert str(kept) in str(error.value)
-    assert torch.load(kept)["pixel_values"].isnan().all()
     expected = [bare.stream.locate(position)[1] for position in bare.stream.positions(3 * 2 + 1, 1)]
-    assert f"numbers {', '.join(map(str, expected))} of" in str(error.value)
+    saved = torch.load(kept)
+    assert saved["batches"][0]["pixel_values"].isnan().all()
+    assert saved["samples"] == [(index, None, None) for index in expected]
+    assert f"sample '{', '.join(map(str, expected))}'" in str(error.value)
 
 
 def test_temperatures_are_clamped_in_the_optimizers_own_copy() -> None:
