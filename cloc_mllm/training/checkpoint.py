@@ -209,7 +209,8 @@ def tidy(run: Path) -> list[str]:
     Returns:
         What was done, one line for each.
     """
-    saving, lines = run / SAVING_FOLDER, []
+    saving = run / SAVING_FOLDER
+    lines: list[str] = []
     if not saving.is_dir():
         return lines
     for path in sorted(saving.iterdir()):

@@ -93,9 +93,15 @@ def keep_batches(
     return path
 
 
-def listed(samples: Sequence[SampleName]) -> str:
-    """Return the names of samples, the first few if there are many."""
-    return ", ".join(map(str, samples[:SHOWN])) + (f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else "")
+def listed(samples: Sequence[SampleName], total: int | None = None) -> str:
+    """Return the names of samples, the first few if there are many.
+
+    Args:
+        samples: The names; at least the first few.
+        total: How many there are; ``None``: those given.
+    """
+    more = (len(samples) if total is None else total) - len(samples[:SHOWN])
+    return ", ".join(map(str, samples[:SHOWN])) + (f" and {more} more" if more else "")
 
 
 def gather_names(mine: list[SampleName]) -> list[SampleName]:

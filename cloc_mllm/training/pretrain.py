@@ -30,7 +30,8 @@ from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training import finite
 from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
-from cloc_mllm.training.trainer import ClocTrainer, describe_loss
+from cloc_mllm.training.steady import describe_loss
+from cloc_mllm.training.trainer import ClocTrainer
 
 MODEL_INPUTS = (
     "pixel_values",
@@ -85,11 +86,11 @@ class PretrainTrainer(ClocTrainer):
         """
         loss, scalars = self.objective_of(output, inputs)
         if not bool(torch.isfinite(loss)):
-            own = self._own_samples(len(batches))()
+            own = self.own_samples(len(batches))()
             broken = finite.gather_names([own[row] for row in finite.broken_images(output, inputs)])
             what = describe_loss(loss, scalars)
             # Embeddings that are finite, and a loss that is not: any sample may be the one.
-            self.stop_not_finite(what, batches, own, broken or finite.gather_names(own), shared=True)
+            self.stop_not_finite(what, batches, own, finite.listed(broken or finite.gather_names(own)), shared=True)
         return loss, scalars
 
     def objective_of(self, output: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -174,6 +175,7 @@ class PretrainTrainer(ClocTrainer):
         """Fetch a step's micro-batches, and contrast them with each other if there are several."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if len(batches) > 1 and self.objective.grad_cache:
+            self.note("first pass")
             model = self.model_wrapped
             model.train()  # DeepSpeed's engine returns nothing from it
             with self.compute_loss_context_manager():

@@ -118,17 +118,19 @@ def train_and_export(
         checkpoint: What to resume from, or ``None``.
         build_skeleton: Builds the model anew with its parts applied, for the export.
     """
-    if checkpoint is not None:
-        trainer.prepare_resume(checkpoint)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     run = trainer.config.run
-    trainer.require_finite_weights()
-    if run.export:
-        # Imported late: it is needed once, at the very end.
-        from cloc_mllm.training.export import export_model
+    with trainer.watch:
+        if checkpoint is not None:
+            trainer.prepare_resume(checkpoint)
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        trainer.note("exporting")
+        trainer.require_finite_weights()
+        if run.export:
+            # Imported late: it is needed once, at the very end.
+            from cloc_mllm.training.export import export_model
 
-        export_model(trainer, build_skeleton, trainer.processor, metrics)
+            export_model(trainer, build_skeleton, trainer.processor, metrics)
     if trainer.world.is_main:
         done = {
             "stage": trainer.config.stage,

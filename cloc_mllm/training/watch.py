@@ -241,8 +241,9 @@ class StallWatch:
         assert self.board is not None
         assert self.timeout is not None
         self.board.publish(self.rank, self._sign_text())
-        if not judges or (up := self.board.verdict()) is not None:
-            return self.board.verdict()
+        verdict = self.board.verdict()
+        if verdict is not None or not judges:
+            return verdict
         now, signs, silence = time.monotonic(), [], {}
         for rank in range(self.world_size):
             text = self.board.read(rank)
@@ -274,7 +275,7 @@ class StallWatch:
         if frame is None:
             return "", False
         place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-        files = []
+        files: list[str] = []
         while frame is not None and len(files) < 6:
             files.append(frame.f_code.co_filename)
             frame = frame.f_back

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from cloc_mllm.data.collate import RegionTextCollator
+from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.models.modeling_cloc import ClocModel
+from cloc_mllm.training.checkpoint import checkpoints
+from cloc_mllm.training.config import plan_batch
 from cloc_mllm.training.encoder import load_encoder
+from cloc_mllm.training.stream import StepStream
+from cloc_mllm.training.watch import STALLED
 from tests.builders_training import CONFIGS, TINY_ENCODER, losses, run_program, write_regions
-from tests.harness import run_ranks
+from tests.harness import RankError, run_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -58,14 +70,9 @@ def pretrain(data: Path, output: Path, world: int, *overrides: str) -> Path:
     ("zero", "precision", "before", "after", "tolerance"),
     [
         ("none", "fp32", 2, 1, 1e-5),
-        ("0", "fp32", 1, 2, 1e-5),
         ("1", "fp32", 1, 2, 1e-5),
-        ("2", "fp32", 2, 1, 1e-5),
-        ("3", "fp32", 2, 1, 1e-5),
-        ("3", "fp32", 1, 2, 1e-5),
-        ("1", "bf16", 1, 2, 1e-2),
         ("2", "bf16", 2, 1, 1e-2),
-        ("3", "bf16", 2, 1, 1e-2),
+        ("3", "fp32", 2, 1, 1e-5),
     ],
 )
 def test_another_number_of_processes_goes_on_as_the_first_would_have(
@@ -85,3 +92,119 @@ def test_another_number_of_processes_goes_on_as_the_first_would_have(
         torch.testing.assert_close(value, theirs[name], atol=tolerance, rtol=0, msg=name)
     assert (cut / "checkpoint-3" / "latest_universal").exists() == (zero in "123")
     assert not list(cut.glob("checkpoint-6/*universal*")), "new checkpoints are ordinary ones"
+
+
+# -- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def poison(rank: int, argv: list[str], what: str, culprit: int) -> None:
+    """Train on data of which one sample is not finite, or gives a gradient that is not; the file of it is in order."""
+    original = RegionTextCollator.__call__
+    forward = ClocModel.forward
+
+    def collate(self: RegionTextCollator, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = original(self, samples)
+        for row, sample in enumerate(samples):
+            if sample["index"] == culprit and what == "sample":
+                batch["pixel_values"][row, 0, 0, 0] = math.inf
+            if sample["index"] == culprit and what == "gradient":
+                batch["pixel_values"][row, 0, 0, 0] = MARK
+        return batch
+
+    def marked(self: ClocModel, **inputs: Any) -> Any:
+        output = forward(self, **inputs)
+        if bool((inputs["pixel_values"] == MARK).any()) and output.image_embeds.requires_grad:
+            output.image_embeds.register_hook(lambda gradient: gradient * math.nan)
+        return output
+
+    with mock.patch.object(RegionTextCollator, "__call__", collate), mock.patch.object(ClocModel, "forward", marked):
+        run_program(rank, "pretrain_cloc", argv)
+
+
+MARK = 123.0
+
+
+def first_seen(data: Path, world: int, after: int) -> tuple[int, int, int]:
+    """Return a sample that is first seen some steps into the run, with its step and process."""
+    stream = StepStream(RegionTextDataset(data), plan_batch(BATCH, None, world), steps=STEPS)
+    rank = world - 1
+    position = stream.positions(after, rank)[-1]
+    return stream.locate(position)[1], after + 1, rank
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_one_broken_sample_of_a_step_is_named(micro: int, data: Path, tmp_path: Path) -> None:
+    culprit, step, rank = first_seen(data, 2, 3)
+    argv = arguments(data, tmp_path / "run", "run.zero=2", "run.save_every=1", f"run.micro_batch_size={micro}")
+    with pytest.raises(RankError, match=f"the loss is nan .* at step {step}") as error:
+        run_ranks(poison, 2, argv, "sample", culprit, init_group=False, timeout=100)
+    assert f"sample '{culprit} (sample 's{culprit}'" in str(error.value) or f"'{culprit} (s{culprit}" in str(
+        error.value
+    )
+    assert f"{data / 'regions.jsonl'}" in str(error.value)
+    kept = torch.load(tmp_path / "run" / f"not-finite-step{step}-process{rank}.pt")
+    assert len(kept["batches"]) == BATCH // 2 // micro
+    assert culprit in [index for index, _, _ in kept["samples"]]
+    assert any(not batch["pixel_values"].isfinite().all() for batch in kept["batches"])
+    # What was saved before is whole and sound.
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{step - 2}", f"checkpoint-{step - 1}"]
+    model, _ = load_encoder(tmp_path / "run" / f"checkpoint-{step - 1}")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(("zero", "precision"), [("none", "fp32"), ("0", "fp32"), ("1", "bf16"), ("3", "fp32")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
+    zero: str, precision: str, data: Path, tmp_path: Path
+) -> None:
+    culprit, step, _ = first_seen(data, 2, 2)
+    options = (f"run.zero={zero}", f"run.precision={precision}", "run.save_every=1", "run.keep=null")
+    argv = arguments(data, tmp_path / "run", *options)
+    with pytest.raises(RankError, match=f"the loss is finite, but its gradient is not, at step {step}"):
+        run_ranks(poison, 2, argv, "gradient", culprit, init_group=False, timeout=100)
+    assert checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step - 1}"
+    assert (tmp_path / "run" / f"not-finite-step{step}-process1.pt").is_file()
+
+
+# -- ranks that stand still -------------------------------------------------------------------------------------------
+
+
+def sleep_forever(rank: int, argv: list[str], who: int, phase: str) -> None:
+    """Train until one process falls asleep, in its data or in its forward pass."""
+    original = ClocModel.forward
+    load = RegionTextDataset._load
+    calls = 0
+
+    def counted() -> None:
+        nonlocal calls
+        calls += 1
+        if rank == who and calls == 4:
+            time.sleep(1000)
+
+    def forward(self: ClocModel, **inputs: Any) -> Any:
+        if phase == "forward":
+            counted()
+        return original(self, **inputs)
+
+    def read(self: RegionTextDataset, index: int) -> dict[str, Any]:
+        if phase == "loading data":
+            counted()
+        return load(self, index)
+
+    with mock.patch.object(RegionTextDataset, "_load", read), mock.patch.object(ClocModel, "forward", forward):
+        run_program(rank, "pretrain_cloc", argv)
+
+
+@pytest.mark.parametrize(("who", "phase"), [(1, "loading data"), (0, "forward")])
+def test_a_process_that_stands_still_is_named_and_ends_the_run(
+    who: int, phase: str, data: Path, tmp_path: Path
+) -> None:
+    argv = arguments(data, tmp_path / "run", "run.zero=2", "run.stall_timeout=2")
+    started = time.monotonic()
+    with pytest.raises(RankError, match=f"exit code {STALLED}") as error:
+        run_ranks(sleep_forever, 2, argv, who, phase, init_group=False, timeout=120)
+    assert time.monotonic() - started < 60
+    print(str(error.value))
+    assert re.search(rf"stalled: process {who} on \S+ \(pid \d+\) at step \d: {phase} for", str(error.value))
+    assert "in counted" in str(error.value), "the line it stands on"
+    assert f"stalled: process {1 - who} on" not in str(error.value)
+    assert "in counted" in (tmp_path / "run" / "stalls" / f"process{who}.txt").read_text()

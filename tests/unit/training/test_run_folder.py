@@ -136,10 +136,10 @@ def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_batch(tm
     bare.stream = StepStream(list(range(40)), plan_batch(8, 2, 2), steps=5)
     bare.args = SimpleNamespace(output_dir=str(tmp_path))
     batch = {"pixel_values": torch.full((2, 3), math.nan)}
-    bare._require_finite(torch.tensor(1.0), {}, batch)
+    bare.require_finite(torch.tensor(1.0), {}, batch)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ClocError, match=r"the loss is nan \(loss_clip nan\) at step 4 on process 1") as error:
-        bare._require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)}, batch)
+        bare.require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)}, batch)
     kept = tmp_path / "not-finite-step4-process1.pt"
     assert str(kept) in str(error.value)
     expected = [bare.stream.locate(position)[1] for position in bare.stream.positions(3 * 2 + 1, 1)]
