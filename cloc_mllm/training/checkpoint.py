@@ -148,8 +148,8 @@ def require_same_run(checkpoint: Path, now: RunState) -> RunState:
         raise ClocError(
             "cannot resume: " + ", ".join(differences),
             file=checkpoint,
-            remedy="Resume as it was started (the number of processes may change), or start a new run from its "
-            f"weights: model.init={'cloc' if then.stage == 'pretrain' else 'mllm'}:… with the run's export.",
+            remedy="Resume as it was started (only the number of processes may change), or start a new run from "
+            + (f"its weights: model.init=cloc:{checkpoint}." if then.stage == "pretrain" else "an export: model.init."),
         )
     return then
 

@@ -52,9 +52,6 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 command -v "$PYTHON" >/dev/null || fail "there is no interpreter $PYTHON; set PYTHON"
 
-# DeepSpeed finds the interpreter for the other nodes on PATH.
-PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
-export PATH
 address="${MASTER_ADDR:-$(awk 'NR == 1 {print $1}' <<<"$entries")}"
 options=(--hostfile "$hostfile" --master_addr "$address" --master_port "${MASTER_PORT:-29500}")
 [ -z "$node" ] || options+=(--no_ssh --node_rank "$node")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ import torch
 from cloc_mllm.data.collate import RegionTextCollator
 from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.models.modeling_cloc import ClocModel
-from cloc_mllm.training.checkpoint import checkpoints
+from cloc_mllm.training.checkpoint import SAVING_FOLDER, checkpoints
 from cloc_mllm.training.config import plan_batch
 from cloc_mllm.training.encoder import load_encoder
 from cloc_mllm.training.stream import StepStream
+from cloc_mllm.training.trainer import ClocTrainer
 from cloc_mllm.training.watch import STALLED
-from tests.builders_training import CONFIGS, TINY_ENCODER, losses, run_program, write_regions
+from tests.builders_training import CONFIGS, ROOT, TINY_ENCODER, losses, run_program, write_regions
 from tests.harness import RankError, run_ranks
 
 pytestmark = pytest.mark.integration
@@ -92,6 +96,46 @@ def test_another_number_of_processes_goes_on_as_the_first_would_have(
         torch.testing.assert_close(value, theirs[name], atol=tolerance, rtol=0, msg=name)
     assert (cut / "checkpoint-3" / "latest_universal").exists() == (zero in "123")
     assert not list(cut.glob("checkpoint-6/*universal*")), "new checkpoints are ordinary ones"
+
+
+# -- disks and kills --------------------------------------------------------------------------------------------------
+
+
+def run_out_of_room(rank: int, argv: list[str], step: int) -> None:
+    """Train until, from some step on, no file may grow beyond a few bytes: what a quota or a full disk looks like."""
+    save = ClocTrainer._save_checkpoint
+
+    def limited(self: ClocTrainer, model: Any, trial: Any) -> None:
+        if self.state.global_step == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        save(self, model, trial)
+
+    with mock.patch.object(ClocTrainer, "_save_checkpoint", limited):
+        run_program(rank, "pretrain_cloc", argv)
+
+
+def test_a_disk_that_runs_full_leaves_the_last_checkpoint_to_go_on_from(data: Path, tmp_path: Path) -> None:
+    argv = arguments(data, tmp_path / "run", "run.zero=2", "run.save_every=2", "run.keep=1")
+    with pytest.raises(RankError, match=r"could not be written .*--resume goes on from checkpoint-2, which is whole"):
+        run_ranks(run_out_of_room, 2, argv, 4, init_group=False, timeout=100)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+    pretrain(data, tmp_path / "run", 2, "run.zero=2", "run.save_every=2", "run.keep=1", "--resume", "auto")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert not (tmp_path / "run" / SAVING_FOLDER).exists()
+    assert len(losses(tmp_path / "run")) == STEPS
+
+
+def test_killed_twice_and_resumed_ends_in_the_same_weights(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "checks" / "kill_and_resume.py"
+    words = ["--kills", "2", "--seed", "3", "--zero", "1", "--steps", "40", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(script), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["weights_equal"], report["losses_equal"]) == (True, True)
+    assert len(report["kills"]) == 2
+    assert report["hits"]["starting"] < 2, "no kill has hit a run that was under way"
 
 
 # -- numbers that are not finite --------------------------------------------------------------------------------------
@@ -203,7 +247,6 @@ def test_a_process_that_stands_still_is_named_and_ends_the_run(
     with pytest.raises(RankError, match=f"exit code {STALLED}") as error:
         run_ranks(sleep_forever, 2, argv, who, phase, init_group=False, timeout=120)
     assert time.monotonic() - started < 60
-    print(str(error.value))
     assert re.search(rf"stalled: process {who} on \S+ \(pid \d+\) at step \d: {phase} for", str(error.value))
     assert "in counted" in str(error.value), "the line it stands on"
     assert f"stalled: process {1 - who} on" not in str(error.value)
