@@ -87,9 +87,9 @@ class Launch:
 
     def moment(self) -> str:
         """Return what the run is doing."""
-        if (self.run / SAVING_FOLDER).is_dir():
-            return "saving"
-        return "training" if self.steps_shown() else "starting"
+        if not self.steps_shown():
+            return "starting"  # a `.saving` that is there now is what the last kill has left
+        return "saving" if (self.run / SAVING_FOLDER).is_dir() else "training"
 
     def wait_for(self, moment: str, seconds: float) -> None:
         """Wait until the run does something, and a little longer, or has ended."""
