@@ -5,7 +5,7 @@
     python scripts/checks/kill_and_resume.py optim.lr=1e-4 …        # overrides of the preset, for both runs
 
 Kills come at random moments (`--seed`): while the processes start, while they train, and while a checkpoint is being
-written. They hit one process or all of them, the launcher included. The exit code is 0 only if all kills were dealt
+written. They hit one process or all of them. The exit code is 0 only if all kills were dealt
 and the exported weights and the logged losses are equal to the last bit.
 """
 
@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs from a clone that is not installed
 
@@ -32,6 +32,7 @@ from cloc_mllm.training.checkpoint import SAVING_FOLDER, checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "train" / "pretrain_cloc.py"
+SAVE_EVERY = 3
 SMALL = (
     "model.image_size=32",
     "model.patch_size=8",
@@ -40,7 +41,7 @@ SMALL = (
     "model.projection_dim=16",
     "data.validation=null",
     "run.batch_size=4",
-    "run.save_every=3",
+    f"run.save_every={SAVE_EVERY}",
     "run.log_every=1",
     "run.log_to=[]",
 )
@@ -48,6 +49,7 @@ MOMENTS = ("starting", "training", "saving")
 WEIGHTS = (2, 3, 5)
 """How often each moment is aimed at; a save is over too soon to be hit by chance."""
 PATIENCE = 300.0
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,35 @@ class Kill:
 
 
 class Launch:
-    """A run's processes, from the launcher down."""
+    """A run's processes. They are forked from one that has imported all they need, so a start takes a second or two."""
 
     def __init__(self, run: Path, options: list[str], world_size: int, log: Path) -> None:
         self.run, self.log = run, log
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-        words += [str(PROGRAM), "--config", str(ROOT / "train/configs/pretrain_quick.yaml"), *options]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+        log.write_text("")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        words = ["--config", str(ROOT / "train/configs/pretrain_quick.yaml"), *options, f"run.output={run}"]
         self.started = time.monotonic()
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*words, f"run.output={run}", "--resume", "auto"], cwd=ROOT, env=environment, stdout=file, stderr=file
-            )
+        self.processes = [
+            CONTEXT.Process(target=train, args=([*words, "--resume", "auto"], rank, world_size, port, str(log)))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
 
     def ended(self) -> bool:
-        """Return whether the launcher has ended."""
-        return self.process.poll() is not None
+        """Return whether a process has ended; as a launcher does, the script then ends the others."""
+        return any(process.exitcode is not None for process in self.processes)
+
+    def succeeded(self) -> bool:
+        """Wait until a process fails or all have ended well; return which."""
+        deadline = time.monotonic() + 6 * PATIENCE
+        while time.monotonic() < deadline and any(process.exitcode is None for process in self.processes):
+            if any(process.exitcode for process in self.processes):
+                return False
+            time.sleep(0.05)
+        return all(process.exitcode == 0 for process in self.processes)
 
     def steps_shown(self) -> int:
         """Return the last step this launch has printed; 0 before the first."""
@@ -91,42 +106,46 @@ class Launch:
             return "starting"  # a `.saving` that is there now is what the last kill has left
         return "saving" if (self.run / SAVING_FOLDER).is_dir() else "training"
 
-    def wait_for(self, moment: str, seconds: float) -> None:
-        """Wait until the run does something, and a little longer, or has ended."""
+    def wait_for(self, moment: str, seconds: float, saves: int = 0) -> None:
+        """Wait until the run does something, after so many saves of its own, and a little longer, or has ended."""
         deadline = time.monotonic() + PATIENCE
+        first = max((int(path.name.split("-")[1]) for path in checkpoints(self.run)), default=0)
         while not self.ended() and moment != "starting" and time.monotonic() < deadline:
-            if (moment == "training" and self.steps_shown()) or (moment == "saving" and self.moment() == "saving"):
+            shown = self.steps_shown()
+            enough = shown >= first + saves * SAVE_EVERY
+            if shown and enough and (moment == "training" or self.moment() == "saving"):
                 break
-            time.sleep(0.001 if moment == "saving" else 0.01)
+            time.sleep(0.001)
         end = time.monotonic() + seconds
         while not self.ended() and time.monotonic() < end:
             time.sleep(0.001)
 
     def kill(self, victim: str) -> None:
-        """SIGKILL a process by its rank, or everything; then wait until nothing is left."""
-        everyone = self._processes()
-        ranks = {p.environ().get("RANK"): p for p in everyone if str(PROGRAM) in p.cmdline() and "RANK" in p.environ()}
-        chosen = everyone if victim == "all" or victim not in ranks else [ranks[victim]]
-        for process in chosen:
-            process.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while not self.ended() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self.close(everyone)
+        """SIGKILL a process by its rank, or all at once; then end what is left, as a launcher does."""
+        for process in self.processes if victim == "all" else [self.processes[int(victim)]]:
+            process.kill()
+        time.sleep(0.5)
+        self.close()
 
-    def close(self, everyone: list[psutil.Process] | None = None) -> None:
+    def close(self) -> None:
         """End whatever is left of this launch."""
-        for process in everyone or self._processes():
-            if process.is_running():
-                process.kill()
-        self.process.wait()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
-    def _processes(self) -> list[psutil.Process]:
-        try:
-            top = psutil.Process(self.process.pid)
-            return [*top.children(recursive=True), top]
-        except psutil.NoSuchProcess:
-            return []
+
+def train(words: list[str], rank: int, world_size: int, port: int, log: str) -> None:
+    """Be one process of the run, from its first instruction to its exit code."""
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [str(PROGRAM), *words]
+    runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
 def run_through(run: Path, options: list[str], world_size: int, log: Path) -> float:
@@ -135,11 +154,11 @@ def run_through(run: Path, options: list[str], world_size: int, log: Path) -> fl
     try:
         launch.wait_for("training", 0.0)
         start = time.monotonic() - launch.started
-        launch.process.wait(timeout=6 * PATIENCE)
+        succeeded = launch.succeeded()
     finally:
         launch.close()
-    if launch.process.returncode != 0:
-        raise SystemExit(f"the run failed (exit code {launch.process.returncode}):\n{log.read_text()[-3000:]}")
+    if not succeeded:
+        raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
     return start
 
 
@@ -150,10 +169,11 @@ def deal_kills(args: argparse.Namespace, run: Path, options: list[str], start: f
     while len(kills) < args.kills:
         aim = rng.choices(MOMENTS, WEIGHTS)[0]
         victim = rng.choice(["all", *map(str, range(args.world_size))])
-        later = rng.uniform(0, {"starting": start, "training": 1.5, "saving": 0.2}[aim])
+        later = rng.uniform(0, {"starting": start, "training": 0.5, "saving": 0.2}[aim])
+        saves = rng.randrange(3)
         launch = Launch(run, options, args.world_size, args.out / f"launch{len(kills) + 1}.log")
         try:
-            launch.wait_for(aim, later)
+            launch.wait_for(aim, later, saves)
             if launch.ended():
                 print(f"launch {len(kills) + 1} ended before it was killed", flush=True)
                 break
@@ -189,6 +209,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="length of the run; default: 20 for each kill")
     parser.add_argument("--out", type=Path, default=Path("runs/checks/kill_and_resume"), help="folder of all results")
     args = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), HF_HUB_OFFLINE="1")
+    CONTEXT.set_forkserver_preload(["deepspeed", "cloc_mllm.training.program", "cloc_mllm.training.pretrain"])
     args.out = args.out.resolve()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
