@@ -40,7 +40,8 @@ processes="${PROCESSES:-${gpus##*:}}"
 requeues="${MAX_REQUEUES:-3}"
 [[ "$requeues" =~ ^[0-9]+$ ]] || fail "MAX_REQUEUES is '$requeues', not a number"
 
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+MASTER_ADDR="${hosts%%$'\n'*}"
 [ -n "$MASTER_ADDR" ] || fail "scontrol names no node for '$SLURM_JOB_NODELIST'"
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 [[ " $* " == *" --resume"* ]] || set -- "$@" --resume auto
