@@ -284,12 +284,11 @@ class StallWatch:
     def _report(self, late: Sequence[Sign], silence: Mapping[int, float]) -> str:
         lines = []
         for sign in late[:SHOWN]:
-            quiet = silence[sign.rank] > sign.allowed / 2
-            place = "it does not respond" if quiet else f"at {sign.place}" if sign.place else ""
-            lines.append(
-                f"stalled: process {sign.rank} on {sign.host} (pid {sign.pid}) at step {sign.step}: {sign.phase} for "
-                f"{sign.age + silence[sign.rank]:.0f} s" + (f", {place}" if place else "")
-            )
+            quiet, seconds = silence[sign.rank], sign.age + silence[sign.rank]
+            does = f"{sign.phase} for {seconds:.0f} s" + (f", at {sign.place}" if sign.place else "")
+            if quiet > sign.allowed / 2:
+                does = f"does not respond, without a sign for {quiet:.0f} s, last seen {sign.phase}"
+            lines.append(f"stalled: process {sign.rank} on {sign.host} (pid {sign.pid}) at step {sign.step}: {does}")
         if len(late) > SHOWN:
             lines.append(f"stalled: and {len(late) - SHOWN} more processes")
         waiting = self.world_size - len(late)

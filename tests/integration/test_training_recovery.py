@@ -247,7 +247,7 @@ def stand_still(rank: int, argv: list[str], who: int, how: str) -> None:
     [
         (1, "loading data", r"loading data for \d+ s, at .* in counted"),
         (0, "forward", r"forward for \d+ s, at .* in counted"),
-        (1, "frozen", r"loading data for \d+ s, it does not respond"),
+        (1, "frozen", r"does not respond, without a sign for \d+ s"),
     ],
 )
 def test_a_process_that_stands_still_is_named_and_ends_the_run(
