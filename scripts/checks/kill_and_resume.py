@@ -210,12 +210,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/checks/kill_and_resume"), help="folder of all results")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), HF_HUB_OFFLINE="1")
+    # The server that forks the processes has to import this package too, not another that is installed.
+    os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
     CONTEXT.set_forkserver_preload(["deepspeed", "cloc_mllm.training.program", "cloc_mllm.training.pretrain"])
     args.out = args.out.resolve()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     scenes = [sys.executable, "-m", "cloc_mllm.apps.cli", "data", "scenes", "--n", "100", "--out", "data"]
-    subprocess.run(scenes, cwd=args.out, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    subprocess.run(scenes, cwd=args.out, check=True, capture_output=True)
     steps = args.steps or 20 * args.kills
     options = [*SMALL, f"data.train={args.out / 'data' / 'train'}", f"run.zero={args.zero}", f"run.steps={steps}"]
     options += args.overrides

@@ -143,6 +143,7 @@ def test_slurm_puts_a_job_back_that_failed_or_runs_out_of_time(tmp_path: Path) -
     assert done.returncode == 1
     assert "requeue" not in Path(variables["CALLS"]).read_text()
 
+    Path(variables["CALLS"]).write_text("")
     (tmp_path / "long.py").write_text("import time; time.sleep(100)")
     env = {**environment(), **variables}
     job = subprocess.Popen(
