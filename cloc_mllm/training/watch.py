@@ -144,13 +144,16 @@ def judge(signs: Sequence[Sign], silence: Mapping[int, float]) -> list[Sign]:
         silence: Seconds since each process last showed a new one.
 
     Returns:
-        Of the processes that are furthest behind those that have taken longer than they may; without those of them
-        that wait in a collective, unless all do.
+        Of the processes that are furthest behind, those that do not wait in a collective and have taken longer than
+        they may; if all of them wait, and all for too long, all of them.
     """
-    behind = min(sign.count for sign in signs)
-    late = [s for s in signs if s.count == behind and s.count < _DONE and s.age + silence[s.rank] > s.allowed]
+    count = min(sign.count for sign in signs)
+    behind = [sign for sign in signs if sign.count == count < _DONE]
     # A frozen process waits for nobody, wherever it was last seen.
-    return [s for s in late if not s.waits or silence[s.rank] > s.allowed / 2] or late
+    acting = [sign for sign in behind if not sign.waits or silence[sign.rank] > sign.allowed / 2]
+    late = [sign for sign in acting or behind if sign.age + silence[sign.rank] > sign.allowed]
+    # Whoever waits may have waited for long for one that has only just come to where they stand.
+    return late if acting or len(late) == len(behind) else []
 
 
 class StallWatch:

@@ -31,6 +31,8 @@ def test_the_process_that_has_begun_the_fewest_things_is_the_one() -> None:
 def test_among_equals_those_that_wait_in_a_collective_are_not_to_blame() -> None:
     assert ranks([sign(0, 7, 50, waits=True), sign(1, 7, 50)]) == [1]
     assert ranks([sign(0, 7, 50, waits=True), sign(1, 7, 50, waits=True)]) == [0, 1], "then the network is"
+    assert ranks([sign(0, 7, 50, waits=True), sign(1, 7, 1)]) == [], "the second has only just come"
+    assert ranks([sign(0, 7, 50, waits=True), sign(1, 7, 9, waits=True)]) == []
 
 
 def test_a_process_that_shows_no_sign_is_late_although_its_last_one_was_young() -> None:
