@@ -26,6 +26,10 @@ BAD_INPUT = 2
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
+class SharedError(ClocError):
+    """A problem that every process meets at the same moment: the main one speaks for all."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of this run, and this one's place among them."""
@@ -272,11 +276,11 @@ def run_program(main: Callable[[], None]) -> None:
     except ClocError as error:
         torch = sys.modules.get("torch")
         grouped = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-        if rank > 0 and not grouped:
-            # Before the group forms, every process has the same complaint. Rank 0 makes it, and the launcher must not
-            # end rank 0 before it has spoken.
+        if rank > 0 and (not grouped or isinstance(error, SharedError)):
+            # Every process has the same complaint, as all have before the group forms. Rank 0 makes it, and the
+            # launcher must not end rank 0 before it has spoken.
             time.sleep(2 + random.random())
-            sys.exit(BAD_INPUT)
+            os._exit(BAD_INPUT)
         where = f" (process {rank})" if rank else ""
         print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if not grouped:

@@ -131,4 +131,7 @@ def forget_after(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             # The half-written last line of a killed run.
             continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    # Not in place: a run that is killed just here must not lose what it had logged.
+    shorter = path.with_name(f".{path.name}")
+    shorter.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    shorter.replace(path)

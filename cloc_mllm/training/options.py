@@ -53,6 +53,9 @@ class RunOptions(Block):
     eval_every: Positive | None = option(None, "steps between two validations; null: none while training")
     save_every: Positive | None = option(None, "steps between two checkpoints; null: only the final export")
     keep: Positive | None = option(2, "checkpoints kept; null: all")
+    stall_timeout: Annotated[float, Field(gt=0)] | None = option(
+        600.0, "seconds a process may hold up the others before the run ends and names it; null: unwatched"
+    )
     log_to: list[Literal["tensorboard", "wandb"]] = option(["tensorboard"], "beside metrics.jsonl")
     export: bool = option(True, "write export/, the weights to use, at the end")
 

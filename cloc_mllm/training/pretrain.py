@@ -30,11 +30,12 @@ from cloc_mllm.objectives import (
     share_filtered,
 )
 from cloc_mllm.objectives.distributed import all_reduce_sum
-from cloc_mllm.training import launch
+from cloc_mllm.training import finite, launch
 from cloc_mllm.training.compute import apply_compute
 from cloc_mllm.training.config import BatchPlan, PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
 from cloc_mllm.training.parts import TEMPERATURES
+from cloc_mllm.training.steady import describe_loss
 from cloc_mllm.training.stream import LaneStream, StepStream
 from cloc_mllm.training.trainer import ClocTrainer
 from cloc_mllm.training.validation import (
@@ -81,6 +82,10 @@ class PretrainTrainer(ClocTrainer):
         at_once = self.args.per_device_eval_batch_size
         self._zero_shot = None if options is None else ZeroShot(options, self.processor, self.world, at_once)
 
+    def loss_sees_whole_step(self) -> bool:
+        """Return whether a step's loss stays the same however its samples are dealt out: with the gradient cache."""
+        return self.objective.grad_cache
+
     def losses(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -90,7 +95,24 @@ class PretrainTrainer(ClocTrainer):
         output = _embed(model, inputs)
         if not model.training:
             self._validated.append(validation_rows(output, inputs))
-        return self.objective_of(output, inputs, figures=not model.training or self.logs_this_step())
+            return self.objective_of(output, inputs)
+        return self._checked_objective(output, inputs, [inputs])
+
+    def _checked_objective(
+        self, output: Any, inputs: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the objective; where it is not finite, stop and name the samples whose embeddings are not.
+
+        The loss is over the batches of all processes, so all stop here, and one sample may have spoilt it for all.
+        """
+        loss, scalars = self.objective_of(output, inputs, figures=self.logs_this_step())
+        if not bool(torch.isfinite(loss)):
+            own = self.own_samples(len(batches))()
+            broken = finite.gather_names([own[row] for row in finite.broken_images(output, inputs)])
+            what = describe_loss(loss, scalars)
+            # Embeddings that are finite, and a loss that is not: any sample may be the one.
+            self.stop_not_finite(what, batches, own, finite.listed(broken or finite.gather_names(own)), shared=True)
+        return loss, scalars
 
     def objective_of(
         self, output: Any, inputs: Mapping[str, Any], *, figures: bool = True
@@ -179,6 +201,7 @@ class PretrainTrainer(ClocTrainer):
         """Fetch a step's micro-batches, and contrast them with each other if there are several."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if len(batches) > 1 and self.objective.grad_cache:
+            self.note("first pass")
             model = self.model_wrapped
             model.train()  # DeepSpeed's engine returns nothing from it
             with self.compute_loss_context_manager():
@@ -186,9 +209,7 @@ class PretrainTrainer(ClocTrainer):
                 self._replays = plan_replays(
                     lambda inputs: _embed(model, self._prepare_inputs(dict(inputs))),
                     batches,
-                    lambda output, inputs: self.objective_of(
-                        output, self._prepare_inputs(dict(inputs)), figures=self.logs_this_step()
-                    ),
+                    lambda output, inputs: self._checked_objective(output, self._prepare_inputs(dict(inputs)), batches),
                 )
         return batches, items
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
-from cloc_mllm.training.checkpoint import checkpoints, choose_checkpoint, require_same_run
+from cloc_mllm.training.checkpoint import checkpoints, choose_checkpoint, discard, tidy
 from cloc_mllm.training.config import AlignConfig, AnyConfig, InstructConfig, load_config, plan_batch, write_config
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ProgramArgs:
 
 
 def parse_args(description: str, argv: Sequence[str] | None = None) -> ProgramArgs:
-    """Parse `--config X.yaml key=value … [--resume [CHECKPOINT]]`.
+    """Parse `--config X.yaml key=value … [--resume [CHECKPOINT | auto]]`.
 
     Args:
         description: What the program does.
@@ -41,7 +41,11 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> ProgramAr
     parser.add_argument("--config", required=True, help="preset, a YAML file such as those in train/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as in optim.lr=1e-4")
     parser.add_argument(
-        "--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on from the latest, or this, checkpoint"
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="go on from the latest, or this, checkpoint; auto: from the latest if there is one, else start",
     )
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -68,25 +72,38 @@ def open_run_folder(config: AnyConfig, resume: str | None, world: launch.World) 
         ClocError: The folder cannot be written, or holds another run, or there is nothing to resume.
     """
     folder = Path(config.run.output)
+    if resume is None:
+        choose_checkpoint(None, folder, overwrite=config.run.overwrite)  # refuses before anything is touched
+    if world.is_main:
+        with _naming_the_folder(folder):
+            for line in tidy(folder):
+                print(line, flush=True)
+    launch.barrier()
     checkpoint = choose_checkpoint(resume, folder, overwrite=config.run.overwrite)
     launch.barrier()
     if world.is_main:
-        try:
+        with _naming_the_folder(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if checkpoint is None:
-                for old in checkpoints(folder):
-                    shutil.rmtree(old)
+            for old in checkpoints(folder) if checkpoint is None else ():
+                discard(old)
             write_config(config, folder / "run.yaml")
-        except OSError as error:
-            raise ClocError(
-                f"cannot write here ({error.strerror})", file=folder, remedy="Choose another run.output."
-            ) from error
     launch.barrier()
     # Imported here: until now, all that could be wrong with the command line has been said without waiting for it.
     from cloc_mllm.training.log import quiet_where_unseen
 
     quiet_where_unseen()
     return checkpoint
+
+
+@contextmanager
+def _naming_the_folder(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error about the run folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ClocError(
+            f"cannot write here ({error.strerror})", file=folder, remedy="Choose another run.output."
+        ) from error
 
 
 def train_and_export(
@@ -101,19 +118,22 @@ def train_and_export(
         checkpoint: What to resume from, or ``None``.
         build_skeleton: Builds the model anew with its parts applied, for the export.
     """
-    if checkpoint is not None:
-        require_same_run(checkpoint, trainer.run_state())
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Imported late: it is needed once, at the very end.
-    from cloc_mllm.training.export import EXPORT_FOLDER, RAW_EXPORT_FOLDER, export_model
-
     run, ema = trainer.config.run, trainer.config.optim.ema
-    with trainer.final_weights():
-        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-        if run.export:
-            export_model(trainer, build_skeleton, trainer.processor, EXPORT_FOLDER, metrics)
-    if run.export and ema is not None:
-        export_model(trainer, build_skeleton, trainer.processor, RAW_EXPORT_FOLDER)
+    with trainer.watch:
+        if checkpoint is not None:
+            trainer.prepare_resume(checkpoint)
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # Imported late: it is needed once, at the very end.
+        from cloc_mllm.training.export import EXPORT_FOLDER, RAW_EXPORT_FOLDER, export_model
+
+        with trainer.final_weights():
+            metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+            trainer.note("exporting")
+            trainer.require_finite_weights()
+            if run.export:
+                export_model(trainer, build_skeleton, trainer.processor, EXPORT_FOLDER, metrics)
+        if run.export and ema is not None:
+            export_model(trainer, build_skeleton, trainer.processor, RAW_EXPORT_FOLDER)
     if trainer.world.is_main:
         done = {
             "stage": trainer.config.stage,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,21 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.training.config import BatchPlan
 
 Item = Any
+
+
+@dataclass(frozen=True)
+class SampleName:
+    """What a sample is called: its number in the training data if it has one, its id or place, and its file."""
+
+    index: int | None
+    file: str | None
+    name: str | None
+
+    def __str__(self) -> str:
+        known = " in ".join(part for part in (self.name, self.file) if part)
+        if self.index is None:
+            return known
+        return f"{self.index} ({known})" if known else str(self.index)
 
 
 class SampleStream(Protocol):
@@ -36,8 +52,8 @@ class SampleStream(Protocol):
         """Yield a process's micro-batches `first`, `first + stride`, … to the end of the run, as lists of items."""
         ...
 
-    def name_of(self, micro_step: int, rank: int) -> str:
-        """Say for a message which samples a micro-batch holds."""
+    def names(self, micro_step: int, rank: int) -> Iterator[SampleName]:
+        """Yield what the samples of a micro-batch are called, for messages."""
         ...
 
     @property
@@ -113,10 +129,13 @@ class StepStream(Dataset):
         for micro_step in range(first, self.steps * self.plan.accumulation, stride):
             yield [self[position] for position in self.positions(micro_step, rank)]
 
-    def name_of(self, micro_step: int, rank: int) -> str:
+    def names(self, micro_step: int, rank: int) -> Iterator[SampleName]:
         """See `SampleStream`."""
-        indices = [self.locate(position)[1] for position in self.positions(micro_step, rank)]
-        return f"numbers {_some(indices)} of the training data"
+        where = getattr(self.dataset, "where", None)
+        for position in self.positions(micro_step, rank):
+            index = self.locate(position)[1]
+            file, name = where(index) if where is not None else (None, None)
+            yield SampleName(index, file, name)
 
     @property
     def skipped(self) -> int | None:
@@ -173,10 +192,11 @@ class LaneStream:
         for micro_step in range(first, self.steps * self.plan.accumulation, stride):
             yield [item for chunk in self.chunks(micro_step, rank) for item in reader.chunk(chunk)]
 
-    def name_of(self, micro_step: int, rank: int) -> str:
+    def names(self, micro_step: int, rank: int) -> Iterator[SampleName]:
         """See `SampleStream`."""
-        draws = [draw for chunk in self.chunks(micro_step, rank) for draw in self.data.order.draws(chunk)]
-        return _some([self.data.where(draw) for draw in draws[:9]], len(draws))
+        for chunk in self.chunks(micro_step, rank):
+            for draw in self.data.order.draws(chunk):
+                yield SampleName(None, None, self.data.where(draw))
 
     @property
     def skipped(self) -> int | None:
@@ -287,7 +307,3 @@ class _Refusal:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _some(names: Sequence[Any], count: int | None = None, most: int = 8) -> str:
-    return ", ".join(map(str, names[:most])) + (", …" if (count or len(names)) > most else "")

@@ -4,8 +4,8 @@
   1003.37 pixels becomes 1004.0 in bf16.
 * Learning rates per part reach the optimiser, and temperatures are clamped in the optimiser's own (fp32, possibly
   sharded) copy: clamping the model's copy would be undone by the next step.
-* A loss that is not finite stops the run, keeps the batch and names its samples.
-* What a checkpoint was made with is compared before anything is resumed from it.
+
+What keeps a long run going is in :mod:`cloc_mllm.training.steady`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from cloc_mllm.errors import ClocError
 from cloc_mllm.objectives.distributed import all_reduce_sum
 from cloc_mllm.training import launch
-from cloc_mllm.training.checkpoint import RunState
 from cloc_mllm.training.config import AnyConfig, BatchPlan
 from cloc_mllm.training.ema import averaged_weights, base_optimizer, keep_average
 from cloc_mllm.training.log import RunLog, keep_gradient_norm, peak_memory_gib, shows_progress
 from cloc_mllm.training.parts import parameter_groups
+from cloc_mllm.training.steady import SteadyTrainer
 from cloc_mllm.training.stream import SampleStream, TrainLoader
 
 FULL_PRECISION_INPUTS = ("input_boxes", "region_boxes", "ground_boxes")
@@ -83,14 +81,13 @@ def training_arguments(
         eval_steps=run.eval_every,
         save_strategy="steps" if run.save_every else "no",
         save_steps=run.save_every or 500,
-        save_total_limit=run.keep,
         report_to=["wandb"] if "wandb" in run.log_to else [],
         disable_tqdm=not shows_progress(),
         seed=run.seed,
     )
 
 
-class ClocTrainer(Trainer):
+class ClocTrainer(SteadyTrainer):
     """Base of the stages' trainers; a subclass says what the loss is.
 
     Args:
@@ -116,14 +113,12 @@ class ClocTrainer(Trainer):
         processor: Any,
         **kwargs: Any,
     ) -> None:
-        self.config, self.world, self.zero, self.stream = config, world, zero, stream
-        self.processor = processor
         # DeepSpeed rounds the whole model to bf16 and keeps fp32 copies of what it trains only.
         rounds = zero is not None and config.run.precision == "bf16" and world.is_main
         frozen = kwargs["model"].named_parameters(remove_duplicate=False) if rounds else ()
         self.exact_weights = {name: p.detach().clone() for name, p in frozen if not p.requires_grad}
         """In a bf16 run under DeepSpeed, on the main process: frozen weights as they were, for the export."""
-        super().__init__(train_dataset=stream, **kwargs)
+        super().__init__(config, world, zero, stream, processor=processor, **kwargs)
         self._pop_printer()
         self.add_callback(
             RunLog(
@@ -136,7 +131,6 @@ class ClocTrainer(Trainer):
         self._eval_scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._window = (time.perf_counter(), 0)
         self._waited = 0.0
-        self._micro_step = 0
         self._shows_average = False
 
     def get_train_dataloader(self) -> Any:
@@ -178,33 +172,17 @@ class ClocTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Compute the loss, log its parts, and stop where it is not finite."""
+        self.note("forward" if model.training else "evaluating")
         items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss, scalars = self.losses(model, inputs, items)
         store = self._scalars if model.training else self._eval_scalars
         for name, value in scalars.items():
             store[name].append(value.detach().float().reshape(()))
         if model.training:
-            self._require_finite(loss, scalars, inputs)
+            self.require_finite(loss, scalars, inputs)
+            # Under DeepSpeed the optimiser's step is a part of it.
+            self.note("backward")
         return (loss, {}) if return_outputs else loss
-
-    def _require_finite(
-        self, loss: torch.Tensor, scalars: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
-    ) -> None:
-        """Stop at a loss that is not finite: keep the batch, name its samples."""
-        micro_step = self.state.global_step * self.stream.plan.accumulation + self._micro_step
-        self._micro_step = (self._micro_step + 1) % self.stream.plan.accumulation
-        if bool(torch.isfinite(loss)):
-            return
-        parts = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
-        batch = Path(self.args.output_dir) / f"not-finite-step{self.state.global_step + 1}-process{self.world.rank}.pt"
-        torch.save(dict(inputs), batch)
-        raise ClocError(
-            f"the loss is {float(loss)} at step {self.state.global_step + 1} ({parts}) on process {self.world.rank}",
-            file=batch,
-            sample=self.stream.name_of(micro_step, self.world.rank),
-            remedy="The file holds the batch (torch.load). Lower optim.lr or lengthen optim.warmup; "
-            "`cloc-mllm data check` finds broken samples.",
-        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move the batch to the device, with boxes left in fp32."""
@@ -229,14 +207,13 @@ class ClocTrainer(Trainer):
         return optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare as the Trainer does, make sure that DeepSpeed is on if it was asked for, and watch the optimiser."""
+        """Prepare as the Trainer does, and watch the optimiser."""
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.zero is not None:
-            launch.require_deepspeed(self.model_wrapped, self.world)
-            if launch.zero_stage(self.zero) == 0:
-                keep_gradient_norm(self.model_wrapped)
         # Not earlier: with an optimiser offloaded on a GPU machine, DeepSpeed's own has taken the place of ours.
         optimizer = base_optimizer(self.optimizer)
+        if launch.zero_stage(self.zero) == 0:
+            keep_gradient_norm(self.model_wrapped)
+            optimizer.register_step_pre_hook(self.check_gradients)
         optimizer.register_step_post_hook(_clamp_bounded_groups)
         if self.config.optim.ema is not None:
             keep_average(optimizer, self.config.optim.ema)
@@ -254,32 +231,6 @@ class ClocTrainer(Trainer):
                 yield
         finally:
             self._shows_average = False
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def run_state(self) -> RunState:
-        """Return what a checkpoint of this run is marked with."""
-        plan, run = self.stream.plan, self.config.run
-        return RunState(
-            stage=self.config.stage,
-            zero=launch.zero_stage(self.zero),
-            world_size=plan.world_size,
-            precision=run.precision,
-            global_batch=plan.global_batch,
-            micro_batch=plan.micro_batch,
-            seed=run.seed,
-            steps=self.stream.steps,
-            samples=len(self.stream.dataset),
-        )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, and mark the checkpoint complete once every process has written its share."""
-        super()._save_checkpoint(model, trial)
-        launch.barrier()
-        if self.world.is_main:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self.processor.save_pretrained(str(folder))
-            self.run_state().write(folder)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,16 @@ class TuneTrainer(ClocTrainer):
         self.phrases = phrases
         super().__init__(config, *args, **kwargs)
 
+    def loss_sees_whole_step(self) -> bool:
+        """Return whether a step's loss stays the same however its samples are dealt out.
+
+        The language loss does: it is a mean over the tokens of the step. Those of boxes are means over a micro-step.
+        """
+        weights = self.objective
+        return self.model.config.grounding != "head" or not (
+            weights.box_weight or weights.text_box_weight or weights.distill_weight
+        )
+
     def losses(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,21 @@ def test_lora_at_stage_3_in_bf16_exports_a_whole_merged_model(folder: Path) -> N
         (whole / later / "run_state.json").unlink()
     instruct(folder, "lora", 2, *lora, "run.keep=null", "--resume")
     assert losses(whole) == before_resume
+
+
+def test_adapters_beside_frozen_parts_go_on_in_another_number_of_processes(folder: Path) -> None:
+    """What is frozen is not in DeepSpeed's universal form: it has to come from where the run began."""
+    lora = ("parts.llm={mode: lora, rank: 4, alpha: 8}", "run.zero=2", "run.save_every=3", "run.keep=null")
+    whole = instruct(folder, "lora_whole", 2, *lora)
+    cut = folder / "lora_cut"
+    shutil.copytree(whole, cut)
+    for later in ("checkpoint-6", "export"):
+        shutil.rmtree(cut / later)
+    instruct(folder, "lora_cut", 1, *lora, "--resume")
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-4)
+    mine, theirs = (load_mllm(run / "export")[0].state_dict() for run in (cut, whole))
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], atol=2e-3, rtol=0, msg=name)
 
 
 def test_a_blind_model_answers_alike_whatever_it_is_shown(folder: Path) -> None:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloc_mllm.apps.commands import train as command
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
-from cloc_mllm.training.checkpoint import RunState, checkpoints, choose_checkpoint, require_same_run
+from cloc_mllm.training.checkpoint import (
+    SAVING_FOLDER,
+    RunState,
+    checkpoints,
+    choose_checkpoint,
+    discard,
+    naming_failed_writes,
+    prune,
+    publish,
+    require_same_run,
+    tidy,
+)
 from cloc_mllm.training.config import plan_batch
 from cloc_mllm.training.explain import explain, memory_table
 from cloc_mllm.training.log import forget_after
@@ -29,7 +44,7 @@ from cloc_mllm.training.tokenizer import corpus, train_chat_tokenizer, train_tex
 from cloc_mllm.training.trainer import ClocTrainer, _clamp_bounded_groups
 from tests.builders_training import CONFIGS, write_conversations, write_regions
 
-STATE = RunState("pretrain", 1, 2, "fp32", 8, 4, 0, 10, 100)
+STATE = RunState("pretrain", 1, 2, "fp32", 8, 8, 0, 10, 100)
 
 
 def checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
@@ -66,7 +81,7 @@ def test_resuming_where_nothing_is_to_be_resumed_is_an_error(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"world_size": 4}, "the number of processes was 2 and is 4 now"),
+        ({"loss_batch": 4}, "contrasted or averaged at once .* was 8 and is 4 now"),
         ({"zero": 3}, "the ZeRO stage was 1 and is 3 now"),
         ({"precision": "bf16"}, "the precision was 'fp32' and is 'bf16' now"),
         ({"samples": 99}, "the number of training samples was 100 and is 99 now"),
@@ -77,6 +92,87 @@ def test_what_differs_is_named(change: dict[str, Any], words: str, tmp_path: Pat
     require_same_run(folder, STATE)
     with pytest.raises(ClocError, match=words):
         require_same_run(folder, RunState(**{**vars(STATE), **change}))
+
+
+def test_micro_batches_and_processes_may_change_as_long_as_the_loss_does_not(tmp_path: Path) -> None:
+    assert require_same_run(checkpoint(tmp_path, 1), RunState(**{**vars(STATE), "world_size": 4})).world_size == 2
+    (tmp_path / "checkpoint-1" / "run_state.json").write_text('{"stage": "pretrain"}')
+    with pytest.raises(ClocError, match="is damaged, or of another version"):
+        require_same_run(tmp_path / "checkpoint-1", STATE)
+
+
+def write_unseen(run: Path, step: int) -> Path:
+    """What all processes have written of a checkpoint that has no name yet."""
+    folder = run / SAVING_FOLDER / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(str(step))
+    return folder
+
+
+def test_a_checkpoint_appears_whole_and_old_ones_go_after_it(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        written = write_unseen(tmp_path, step)
+        assert not (tmp_path / f"checkpoint-{step}").exists()
+        prune(publish(written, STATE), keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-8"]
+    assert not (tmp_path / SAVING_FOLDER).exists()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), unique_by=lambda each: each[0]), st.integers(1, 3))
+def test_pruning_counts_whole_checkpoints_only_and_never_takes_the_newest(
+    others: list[tuple[int, bool]], keep: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        for step, complete in others:
+            checkpoint(run, step, complete=complete)
+        # The run went on from an older checkpoint, so later ones may lie beside what it writes.
+        newest = publish(write_unseen(run, 5), STATE)
+        prune(newest, keep)
+        left = checkpoints(run)
+        assert newest in left
+        assert (newest / "weights").read_text() == "5"
+        assert len(left) == min(keep, 1 + sum(complete and step != 5 for step, complete in others))
+        unfinished = [step for step, complete in others if not complete and step != 5]
+        assert all((run / f"checkpoint-{step}").exists() for step in unfinished), "not ours to remove"
+
+
+def test_what_a_killed_run_left_is_cleared_away_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path, 2)
+    write_unseen(tmp_path, 4)
+    assert tidy(tmp_path) == ["removed checkpoint-4, which an interrupted run left incomplete"]
+    assert tidy(tmp_path) == []
+    # Killed just before the name: nothing is missing, so nothing is lost.
+    STATE.write(write_unseen(tmp_path, 6))
+    assert tidy(tmp_path) == ["checkpoint-6 of an interrupted run was complete but for its name: kept"]
+    # Killed while an old one is being removed.
+    monkeypatch.setattr("cloc_mllm.training.checkpoint.shutil.rmtree", lambda *_, **__: None)
+    discard(tmp_path / "checkpoint-2")
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
+    assert tidy(tmp_path) == ["removed checkpoint-2, which an interrupted run left incomplete"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "PytorchStreamWriter"),
+    ],
+)
+def test_a_full_disk_names_the_folder_and_what_is_left(error: Exception, words: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, 2)
+    expected = f"{tmp_path}: a checkpoint could not be written .{words}.*goes on from checkpoint-2"
+    with pytest.raises(ClocError, match=expected), naming_failed_writes(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), naming_failed_writes(tmp_path):
+        raise RuntimeError("something else")
+
+
+def test_auto_resumes_what_there_is_and_starts_where_there_is_nothing(tmp_path: Path) -> None:
+    assert choose_checkpoint("auto", tmp_path, overwrite=False) is None
+    checkpoint(tmp_path, 3)
+    assert choose_checkpoint("auto", tmp_path, overwrite=True) == tmp_path / "checkpoint-3"
 
 
 def test_lines_beyond_the_resumed_step_are_forgotten(tmp_path: Path) -> None:
@@ -137,15 +233,17 @@ def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_batch(tm
     bare.stream = StepStream(list(range(40)), plan_batch(8, 2, 2), steps=5)
     bare.args = SimpleNamespace(output_dir=str(tmp_path))
     batch = {"pixel_values": torch.full((2, 3), math.nan)}
-    bare._require_finite(torch.tensor(1.0), {}, batch)
+    bare.require_finite(torch.tensor(1.0), {}, batch)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ClocError, match="the loss is nan at step 4") as error:
-        bare._require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)}, batch)
+    with pytest.raises(ClocError, match=r"the loss is nan \(loss_clip nan\) at step 4 on process 1") as error:
+        bare.require_finite(torch.tensor(math.nan), {"loss_clip": torch.tensor(math.nan)}, batch)
     kept = tmp_path / "not-finite-step4-process1.pt"
     assert str(kept) in str(error.value)
-    assert torch.load(kept)["pixel_values"].isnan().all()
     expected = [bare.stream.locate(position)[1] for position in bare.stream.positions(3 * 2 + 1, 1)]
-    assert f"numbers {', '.join(map(str, expected))} of" in str(error.value)
+    saved = torch.load(kept)
+    assert saved["batches"][0]["pixel_values"].isnan().all()
+    assert saved["samples"] == [(index, None, None) for index in expected]
+    assert f"sample '{', '.join(map(str, expected))}'" in str(error.value)
 
 
 def test_temperatures_are_clamped_in_the_optimizers_own_copy() -> None:

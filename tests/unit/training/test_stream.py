@@ -162,7 +162,7 @@ def test_samples_of_a_micro_batch_are_named(shards: Path) -> None:
     config, plan = preset(shards), plan_batch(8, None, 2)
     stream = training_stream(config, plan, World(1, 1, 2, 2, True))
     (batch,) = islice(TrainLoader(stream, Ids(), 1, lambda: 5), 1)
-    named = stream.name_of(5, 1).split(", ")
+    named = [str(name) for name in stream.names(5, 1)]
     assert len(named) == len(batch) == 4
     for name, (identity, *_) in zip(named, batch, strict=True):
         file, place = name.split(": ")
