@@ -36,7 +36,8 @@ def main() -> None:
     from cloc_mllm.data.collate import RegionTextCollator
     from cloc_mllm.training.encoder import build_encoder
     from cloc_mllm.training.parts import apply_parts, describe
-    from cloc_mllm.training.pretrain import PretrainTrainer, needs_regions, training_stream, validation_subset
+    from cloc_mllm.training.pretrain import PretrainTrainer
+    from cloc_mllm.training.pretrain_data import needs_regions, training_stream, validation_subset
     from cloc_mllm.training.stream import LaneStream
     from cloc_mllm.training.trainer import training_arguments
 

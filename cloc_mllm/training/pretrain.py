@@ -10,18 +10,11 @@ Source: Chen et al., "Contrastive Localized Language-Image Pre-Training" (arXiv 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from cloc_mllm.data.dataset import RegionTextDataset, region_text_item
-from cloc_mllm.data.files import is_url
-from cloc_mllm.data.lanes import LaneOrder
-from cloc_mllm.data.readers import shard_files
-from cloc_mllm.data.shards import ShardSet, write_missing_indexes
-from cloc_mllm.data.streaming import ShardStream
 from cloc_mllm.objectives import (
     grounding_loss,
     region_share,
@@ -30,16 +23,14 @@ from cloc_mllm.objectives import (
     share_filtered,
 )
 from cloc_mllm.objectives.distributed import all_reduce_sum
-from cloc_mllm.training import finite, launch
+from cloc_mllm.training import finite
 from cloc_mllm.training.compute import apply_compute
-from cloc_mllm.training.config import BatchPlan, PretrainConfig
+from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.gradient_cache import Replay, plan_replays, restore_random_state
 from cloc_mllm.training.parts import TEMPERATURES
 from cloc_mllm.training.steady import describe_loss
-from cloc_mllm.training.stream import LaneStream, StepStream
 from cloc_mllm.training.trainer import ClocTrainer
 from cloc_mllm.training.validation import (
-    NumberedSamples,
     NumberingCollator,
     Rows,
     rank_within_image,
@@ -242,62 +233,3 @@ class PretrainTrainer(ClocTrainer):
 def _embed(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Run the model on a batch."""
     return model(**{key: inputs[key] for key in MODEL_INPUTS if key in inputs})
-
-
-def needs_regions(config: PretrainConfig) -> bool:
-    """Return whether batches have to carry regions: plain CLIP never looks at them."""
-    return config.model.prompter is not None or config.objective.extra_captions
-
-
-def training_stream(config: PretrainConfig, plan: BatchPlan, world: launch.World) -> StepStream | LaneStream:
-    """Return the training samples of a preset in order: streamed from shards, or at random from map-style data.
-
-    Missing indexes of tar shards are written first, by the main process.
-
-    Args:
-        config: The preset.
-        plan: The batch arithmetic.
-        world: This process's place.
-
-    Raises:
-        ClocError: The data cannot be opened, is too small, or does not divide over processes and workers.
-    """
-    data, run = config.data, config.run
-    paths = [source.path for source in data.sources]
-    if not _is_streamed(data.streaming, paths):
-        dataset = RegionTextDataset(
-            paths[0], max_regions=data.max_regions, seed=run.seed, on_bad_sample=data.on_bad_sample
-        )
-        return StepStream(dataset, plan, steps=run.steps, epochs=run.epochs, seed=run.seed, name=paths[0])
-    if world.is_main:
-        write_missing_indexes(paths)
-    launch.barrier()
-    sources = [ShardSet(path) for path in paths]
-    order = LaneOrder(
-        [source.counts for source in sources],
-        [source.weight for source in data.sources],
-        names=paths,
-        batch=plan.global_batch,
-        lanes=data.lanes,
-        chunk=data.chunk,
-        block=data.shuffle_block,
-        seed=run.seed,
-    )
-    make_item = partial(region_text_item, max_regions=data.max_regions)
-    stream = ShardStream(sources, order, make_item, seed=run.seed, on_bad_sample=data.on_bad_sample)
-    return LaneStream(stream, plan, steps=run.steps, epochs=run.epochs, workers=run.workers)
-
-
-def _is_streamed(asked: bool | None, paths: Sequence[str]) -> bool:
-    """Whether data is streamed: as asked, else if it is a mixture, tar shards or behind a URL."""
-    if asked is not None:
-        return asked
-    return len(paths) > 1 or is_url(paths[0]) or shard_files(paths[0])[0].endswith(".tar")
-
-
-def validation_subset(config: PretrainConfig) -> NumberedSamples | None:
-    """Return the validation samples of a preset, or ``None``."""
-    if config.data.validation is None:
-        return None
-    dataset = RegionTextDataset(config.data.validation, max_regions=config.data.max_regions, seed=config.run.seed)
-    return NumberedSamples(dataset, config.data.validation_samples)

@@ -17,7 +17,7 @@ from cloc_mllm.data.tar_writer import WebDatasetWriter
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.config import PretrainConfig, load_config, plan_batch, write_config
 from cloc_mllm.training.launch import World
-from cloc_mllm.training.pretrain import training_stream
+from cloc_mllm.training.pretrain_data import training_stream
 from cloc_mllm.training.stream import LaneStream, StepStream, TrainLoader
 from tests.builders_training import CONFIGS, TINY_ENCODER, write_regions
 
