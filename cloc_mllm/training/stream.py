@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from cloc_mllm.data.streaming import ShardStream
 from cloc_mllm.errors import ClocError
+from cloc_mllm.training import launch
 from cloc_mllm.training.config import BatchPlan
 
 Item = Any
@@ -204,7 +205,7 @@ class LaneStream:
         return self.data.skipped if self.data.on_bad_sample == "skip" else None
 
     def keep_order(self, folder: Path, *, resumed: bool, write: bool) -> None:
-        """Note in the run folder what the order depends on, or see that it still is what was noted.
+        """Note in the run folder what the order depends on, or see that it still is what was noted; on every process.
 
         Args:
             folder: The run folder.
@@ -222,8 +223,11 @@ class LaneStream:
                 file=path,
                 remedy="Set data.* and run.batch_size as they were, or start a new run from the checkpoint's weights.",
             )
+        launch.barrier()  # nobody may still be reading
         if write:
-            path.write_text(json.dumps({"order": order}, indent=1) + "\n", encoding="utf-8")
+            written = path.with_suffix(".part")
+            written.write_text(json.dumps({"order": order}, indent=1) + "\n", encoding="utf-8")
+            written.replace(path)
 
 
 ORDER_FILE = "stream.json"

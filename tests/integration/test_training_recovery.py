@@ -40,7 +40,8 @@ GROUPS = (
     "optim.eps=1.0e-4",
     "optim.weight_decay=0.5",
     "parts.prompter={mode: full, lr: 5.0e-3}",
-    "parts.temperatures={mode: full, lr: 0.2}",
+    "parts.temperature={mode: full, lr: 0.2}",
+    "parts.region_temperature={mode: full, lr: 0.2}",
 )
 
 
@@ -233,10 +234,10 @@ def stand_still(rank: int, argv: list[str], who: int, how: str) -> None:
             counted()
         return original(self, **inputs)
 
-    def read(self: RegionTextDataset, index: int) -> dict[str, Any]:
+    def read(self: RegionTextDataset, index: int, epoch: int) -> dict[str, Any]:
         if how != "forward":
             counted()
-        return load(self, index)
+        return load(self, index, epoch)
 
     with mock.patch.object(RegionTextDataset, "_load", read), mock.patch.object(ClocModel, "forward", forward):
         run_program(rank, "pretrain_cloc", argv)
