@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="ViT-B-32", help="size of the towers")
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--regions", type=int, default=4, help="regions an image")
+    parser.add_argument("--no-parts", action="store_true", help="measure whole steps only")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(run(json.loads(args.case))))
@@ -192,6 +193,9 @@ def main() -> None:
         table.append([label, *(numbers or [found["failed"], "–", "–"])])
     print_table(table)
     print()
+    if args.no_parts:
+        write_report(args.out, "encoder_step", steps)
+        return
     parts = [run_case(__file__, {"case": name, **shared}, args.timeout) for name in PARTS]
     table = [["part of CLOC's step, forward and backward", "s", "times the image tower"]]
     for found, label in zip(parts, PARTS.values(), strict=True):
