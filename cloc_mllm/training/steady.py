@@ -36,7 +36,7 @@ class SteadyTrainer(Trainer):
         stream: The training samples.
         processor: Saved in every checkpoint beside the weights. It is not handed to transformers' Trainer, which
             would rewrite the model's special tokens after it.
-        **kwargs: Passed to `transformers.Trainer`.
+        **kwargs: Passed to `transformers.Trainer`: `model`, `args`, `data_collator`, `eval_dataset`, …
     """
 
     def __init__(

@@ -28,7 +28,7 @@ from cloc_mllm.training.ema import averaged_weights, base_optimizer, keep_averag
 from cloc_mllm.training.log import RunLog, keep_gradient_norm, peak_memory_gib, shows_progress
 from cloc_mllm.training.parts import parameter_groups
 from cloc_mllm.training.steady import SteadyTrainer
-from cloc_mllm.training.stream import SampleStream, TrainLoader
+from cloc_mllm.training.stream import TrainLoader
 
 FULL_PRECISION_INPUTS = ("input_boxes", "region_boxes", "ground_boxes")
 
@@ -88,37 +88,20 @@ def training_arguments(
 
 
 class ClocTrainer(SteadyTrainer):
-    """Base of the stages' trainers; a subclass says what the loss is.
-
-    Args:
-        config: The preset.
-        world: This process's place.
-        zero: The DeepSpeed configuration, or ``None``.
-        stream: The training samples.
-        processor: Saved in every checkpoint beside the weights. It is not handed to transformers' Trainer, which
-            would rewrite the model's special tokens after it.
-        **kwargs: Passed to `transformers.Trainer`: `model`, `args`, `data_collator`, `eval_dataset`, …
-    """
+    """Base of the stages' trainers; a subclass says what the loss is. Arguments as :class:`SteadyTrainer`'s."""
 
     clamped_parts: tuple[tuple[str, float, float], ...] = ()
     """Parameter groups (by part) whose values are kept between two bounds."""
 
     def __init__(
-        self,
-        config: AnyConfig,
-        world: launch.World,
-        zero: dict[str, Any] | None,
-        stream: SampleStream,
-        *,
-        processor: Any,
-        **kwargs: Any,
+        self, config: AnyConfig, world: launch.World, zero: dict[str, Any] | None, *args: Any, **kwargs: Any
     ) -> None:
         # DeepSpeed rounds the whole model to bf16 and keeps fp32 copies of what it trains only.
         rounds = zero is not None and config.run.precision == "bf16" and world.is_main
         frozen = kwargs["model"].named_parameters(remove_duplicate=False) if rounds else ()
         self.exact_weights = {name: p.detach().clone() for name, p in frozen if not p.requires_grad}
         """In a bf16 run under DeepSpeed, on the main process: frozen weights as they were, for the export."""
-        super().__init__(config, world, zero, stream, processor=processor, **kwargs)
+        super().__init__(config, world, zero, *args, **kwargs)
         self._pop_printer()
         self.add_callback(
             RunLog(

@@ -213,18 +213,13 @@ def traffic_case(case: dict[str, Any]) -> dict[str, Any]:
     trained, total = trained_and_total(count_parts(config))
     stage = {"none": None, 1: 1, 2: 2}.get(config.run.zero, 3)
     cost = image_cost(config, lambda: _encoder(config))
-    plan_batch(config.run.batch_size, config.run.micro_batch_size, 2)
-    told = estimate(
-        config.model_copy(update={"run": config.run.model_copy(update={"micro_batch_size": case_micro(config)})}),
-        cost, trained, total, stage, 2, DEVICES["h100"],
-    )  # fmt: skip
+    # What the run has taken, not the largest micro-batch that would fit.
+    micro = plan_batch(config.run.batch_size, config.run.micro_batch_size, 2).micro_batch
+    run = config.run.model_copy(update={"micro_batch_size": micro})
+    taken = config.model_copy(update={"run": run})
+    told = estimate(taken, cost, trained, total, stage, 2, DEVICES["h100"])
     by_name = {name: (sums[1].get(name, 0) - sums[0].get(name, 0)) / 2 for name in sums[1]}
     return {"kib": sum(by_name.values()) / 1024, "foretold_kib": sum(told.traffic.values()) / 1024, "by_name": by_name}
-
-
-def case_micro(config: PretrainConfig) -> int:
-    """The micro-batch that the run has taken."""
-    return plan_batch(config.run.batch_size, config.run.micro_batch_size, 2).micro_batch
 
 
 def main() -> None:

@@ -52,16 +52,6 @@ def pretrain(data: Path, output: Path, world: int, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Stage 3 that shards even the smallest parameter: by default it keeps those of tiny models whole."""
-    config = json.loads((CONFIGS.parent / "zero" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = tmp_path_factory.mktemp("zero") / "zero3_all.json"
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def reference(data: Path, runs: Path) -> Path:
     """Plain torch, one process."""
     return pretrain(data, runs / "plain", 1, "run.zero=none")

@@ -46,16 +46,6 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_regions(tmp_path_factory.mktemp("few"), 7, seed=1, without=0.3)
 
 
-@pytest.fixture(scope="module")
-def whole_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Stage 3 that shards even the smallest parameter."""
-    config = json.loads((CONFIGS.parent / "zero" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = tmp_path_factory.mktemp("zero") / "zero3_all.json"
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
 def pretrain(preset: str, data: Path, output: Path, world: int, *overrides: str) -> Path:
     argv = ["--config", str(CONFIGS / f"{preset}.yaml"), *QUIET, f"data.train={data}", f"run.output={output}"]
     argv += ["data.validation=null", "run.batch_size=4", "run.micro_batch_size=null", "run.workers=0", *overrides]

@@ -50,16 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_regions(tmp_path_factory.mktemp("data"), 48)
 
 
-@pytest.fixture(scope="module")
-def whole_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Stage 3 that shards even the smallest parameter: by default it keeps those of tiny models whole."""
-    config = json.loads((CONFIGS.parent / "zero" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = tmp_path_factory.mktemp("zero") / "zero3_all.json"
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
 def arguments(data: Path, output: Path, *overrides: str) -> list[str]:
     sizes = (f"run.steps={STEPS}", f"run.batch_size={BATCH}", f"data.train={data}", f"run.output={output}")
     return ["--config", str(CONFIGS / "pretrain_quick.yaml"), *TINY_ENCODER, *sizes, *overrides]
