@@ -265,8 +265,9 @@ def take_turns(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
             except ImportError as error:
                 failed[side] = {"failed": str(error)}
     keys = ("seen", "seconds", "images_per_second", "cpu_ms_per_image")
-    return failed | {
-        side: {key: median(result[key] for result in found) for key in keys} for side, found in taken.items() if found
+    return {
+        side: failed.get(side) or {key: median(result[key] for result in found) for key in keys}
+        for side, found in taken.items()
     }
 
 
