@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
-from transformers import Qwen2ForCausalLM as Qwen2
 
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
@@ -40,11 +38,29 @@ def tiny_llm_tokenizer(special: tuple[str, ...] = CHATML, **tokens: str) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=core, **(tokens or {"eos_token": "<|im_end|>"}))
 
 
+LLM_FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "cohere",
+    "granite",
+)
+
+
 def tiny_llm(family: str = "llama", *, tied: bool = False, vocab_size: int = 350, seed: int = 1) -> PreTrainedModel:
-    """A two-layer random language model, ``llama`` or ``qwen2``, in evaluation mode."""
+    """A two-layer random language model of a family, by its ``model_type``, in evaluation mode."""
     torch.manual_seed(seed)
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2)}[family]
-    config = config_class(
+    head_dim = {"head_dim": 8} if family in ("qwen3", "gemma", "gemma2", "gemma3_text") else {}
+    scale = {"logit_scale": 0.25} if family == "cohere" else {"logits_scaling": 4.0} if family == "granite" else {}
+    cap = {"final_logit_softcapping": 3.0} if family in ("gemma2", "gemma3_text") else {}
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
@@ -55,8 +71,15 @@ def tiny_llm(family: str = "llama", *, tied: bool = False, vocab_size: int = 350
         tie_word_embeddings=tied,
         # Large enough for untrained logits to differ clearly from token to token.
         initializer_range=0.3,
+        # Defaults of some families lie outside this vocabulary.
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        **head_dim,
+        **scale,
+        **cap,
     )
-    return model_class(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def tiny_mllm(
@@ -132,7 +155,7 @@ def model_inputs(batch: Any) -> dict[str, Any]:
 def stock_llava(model: ClocMllmForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Transformers' own LLaVA with the weights that it has a place for: the oracle for everything but regions."""
     ours = {"region_encoder", "prompter_config", "grounding", "grounding_config", "region_token_index"}
-    ours |= {"ground_token_index", "model_type", "auto_map", "architectures"}
+    ours |= {"ground_token_index", "lm_head_bias", "model_type", "auto_map", "architectures"}
     config = LlavaConfig(**{name: value for name, value in model.config.to_dict().items() if name not in ours})
     stock = LlavaForConditionalGeneration(config).eval()
     extra = ("model.prompter.", "model.region_projector.", "model.grounding_head.")

@@ -47,6 +47,7 @@ def assemble(
     if grounding_init not in ("encoder", "new"):
         raise ValueError(f"grounding_init is {grounding_init!r}, not one of encoder, new")
     ids = control_ids(tokenizer)
+    head = _head_of(llm)
     asked = llava.pop("vision_feature_select_strategy", None)
     config = ClocMllmConfig(
         vision_config=copy.deepcopy(encoder.config.vision_config),
@@ -59,6 +60,7 @@ def assemble(
         region_token_index=ids["<region>"],
         ground_token_index=ids["<ground>"],
         vision_feature_select_strategy=feature_strategy(encoder.config.vision_config, asked),
+        lm_head_bias=head.bias is not None,
         **llava,
     )
     config.image_seq_length = _visual_tokens(encoder, config)
@@ -119,15 +121,23 @@ def _visual_tokens(encoder: ClocModel, config: ClocMllmConfig) -> int:
     return tokens - (config.vision_feature_select_strategy == "default")
 
 
-def _copy_language_model(model: Any, llm: PreTrainedModel) -> None:
+def _head_of(llm: PreTrainedModel) -> nn.Linear:
+    """The language model's head.
+
+    Raises:
+        ValueError: If it is not one linear layer.
+    """
     head = llm.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"the output of {type(llm).__name__} is not one linear layer without bias, as LLaVA's is: "
-            "another language model is needed"
+            f"{type(llm).__name__} has no output of one linear layer: a causal language model that has is needed"
         )
+    return head
+
+
+def _copy_language_model(model: Any, llm: PreTrainedModel) -> None:
     model.model.language_model.load_state_dict(llm.base_model.state_dict())
-    model.lm_head.load_state_dict(head.state_dict())
+    model.lm_head.load_state_dict(_head_of(llm).state_dict())
     model.tie_weights()
 
 
@@ -160,7 +170,7 @@ def _load_part(part: nn.Module, source: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_same_logits(model: Any, llm: PreTrainedModel) -> None:
-    """Some language models do more to their logits than LLaVA does (cap, scale): better to hear of it now.
+    """Some language models do more to their logits than is known here: better to hear of it now.
 
     Raises:
         ValueError: If text alone gives other logits than it gave before.
@@ -172,8 +182,8 @@ def _check_same_logits(model: Any, llm: PreTrainedModel) -> None:
     scale = alone.float().abs().max().clamp(min=1e-6)
     if float((alone.float() - together.float()).abs().max() / scale) > 1e-2:
         raise ValueError(
-            f"{type(llm).__name__} does more to its logits than one linear layer (a cap or a scale): "
-            "LLaVA's layout cannot hold it"
+            f"{type(llm).__name__} does something to its logits, beyond one linear layer with a scale or a cap, that "
+            "is not known here: another language model is needed"
         )
 
 
@@ -190,6 +200,9 @@ def _extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, ids: dict
         # Not all alike: a placeholder is told from its neighbours by its embedding where there are no ids.
         noise = torch.randn(len(fresh), weight.shape[1], device=weight.device) * old.std(0) * 0.1
         weight[fresh] = (old.mean(0) + noise).to(weight.dtype)
+    bias = model.get_output_embeddings().bias
+    if bias is not None:
+        bias[fresh] = bias[:before].mean()
 
 
 def _generation_config(

@@ -4,7 +4,13 @@ Which template: it must use the markers the language model was trained with. ``b
 tokenizer's vocabulary, or takes a style by name:
 
 * ``chatml`` (Qwen, SmolLM2, ...): ``<|im_start|>user\n ... <|im_end|>\n``;
+* ``phi4``: the same with ``<|im_sep|>`` in place of the line break;
 * ``llama3``: ``<|start_header_id|>user<|end_header_id|>\n\n ... <|eot_id|>``;
+* ``gemma``: ``<start_of_turn>user\n ... <end_of_turn>\n``; a system prompt opens the first user's turn;
+* ``phi3``: ``<|user|>\n ... <|end|>\n``;
+* ``mistral``: ``[INST] ... [/INST] ...</s>``, with ``[SYSTEM_PROMPT]`` where the tokenizer has it (and then without
+  spaces), else with a system prompt that opens the first user's turn;
+* ``vicuna`` (LLaVA-1.5; no markers, so never found by itself): ``USER: ... ASSISTANT: ...</s>``;
 * ``plain``, for a base model without markers: ``USER:\n ... </s>\n`` with the tokenizer's own end-of-sequence token.
 
 For any other family, pass a Jinja template of your own to the processor. It must wrap what the assistant says, its end
@@ -19,14 +25,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-STYLES = ("chatml", "llama3", "plain")
+STYLES = ("chatml", "phi4", "llama3", "gemma", "phi3", "mistral", "vicuna", "plain")
 IGNORED = -100
 
 # Private-use characters: they fence text that must not be read as control tokens.
@@ -44,49 +51,90 @@ _TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+{%- set openings = @OPENINGS -%}
+{%- set closings = @CLOSINGS -%}
+{%- set kept = namespace(system='') -%}
 {{- @BEGIN -}}
 {%- for message in messages -%}
-{{- @BEFORE + message.role@CASE + @AFTER -}}
 {%- if message.role == 'assistant' -%}
-{%- generation -%}{{- show(message.content) + @END -}}{%- endgeneration -%}
-{%- else -%}{{- show(message.content) + @END -}}{%- endif -%}
-{{- @BETWEEN -}}
+{{- openings.assistant -}}
+{%- generation -%}{{- @LEAD + show(message.content) + @END -}}{%- endgeneration -%}
+{{- closings.assistant -}}
+{%- elif message.role == 'system' and 'system' not in openings -%}
+{%- set kept.system = show(message.content) + "\n\n" -%}
+{%- else -%}
+{{- openings[message.role] + kept.system + show(message.content) + closings[message.role] -}}
+{%- set kept.system = '' -%}
+{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- @BEFORE + 'assistant'@CASE + @AFTER -}}{%- endif -%}
+{%- if kept.system -%}{{- raise_exception("a system prompt with no user's turn behind it") -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- openings.assistant -}}{%- endif -%}
 """
 
 
 @dataclass(frozen=True)
 class ChatStyle:
-    """The markers around turns.
+    """What is written around turns.
 
     Attributes:
-        before: Before the role's name.
-        after: Between the role's name and the text.
-        end: Ends a turn; generation stops there.
-        between: After the end of a turn.
-        upper: Whether roles are written in capitals.
+        openings: Before each role's text. Without one for ``system``, a system prompt opens the next user's turn.
+        closings: After each role's text; the assistant's follows its ``end`` and is not learnt.
+        end: What the assistant ends a turn with; generation stops there.
+        lead: What the assistant starts a turn with: a space, where the prompt ends without one.
+        markers: Tokens a tokenizer must have for this style.
     """
 
-    before: str
-    after: str
+    openings: Mapping[str, str]
+    closings: Mapping[str, str]
     end: str
-    between: str
-    upper: bool = False
+    lead: str = ""
+    markers: tuple[str, ...] = ()
+
+
+def _even_style(
+    before: str,
+    after: str,
+    end: str,
+    between: str,
+    names: Mapping[str, str] | None = None,
+    markers: tuple[str, ...] = (),
+) -> ChatStyle:
+    """A style that writes every turn alike: ``before``, the role's name, ``after``, the text, ``end``, ``between``."""
+    names = names or {role: role for role in ("system", "user", "assistant")}
+    openings = {role: f"{before}{name}{after}" for role, name in names.items()}
+    closings = {role: between if role == "assistant" else f"{end}{between}" for role in names}
+    return ChatStyle(openings, closings, end, markers=markers or tuple(m for m in (before, end) if m))
+
+
+def _mistral_style(tokenizer: PreTrainedTokenizerBase) -> ChatStyle:
+    """With tokens for system prompts (Mistral's tokenizer v7 and later) there are no spaces, before that there are."""
+    end, markers = str(tokenizer.eos_token), ("[INST]", "[/INST]")
+    if "[SYSTEM_PROMPT]" not in tokenizer.added_tokens_encoder:
+        openings, closings = {"user": "[INST] ", "assistant": ""}, {"user": "[/INST]", "assistant": ""}
+        return ChatStyle(openings, closings, end, lead=" ", markers=markers)
+    openings = {"system": "[SYSTEM_PROMPT]", "user": "[INST]", "assistant": ""}
+    closings = {"system": "[/SYSTEM_PROMPT]", "user": "[/INST]", "assistant": ""}
+    return ChatStyle(openings, closings, end, markers=markers)
 
 
 def detect_style(tokenizer: PreTrainedTokenizerBase) -> str:
     """The style whose markers the tokenizer has as tokens of their own."""
     own = tokenizer.added_tokens_encoder
-    if "<|im_start|>" in own and "<|im_end|>" in own:
-        return "chatml"
-    if "<|start_header_id|>" in own and "<|eot_id|>" in own:
-        return "llama3"
+    for style, markers in (
+        ("phi4", ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+        ("chatml", ("<|im_start|>", "<|im_end|>")),
+        ("llama3", ("<|start_header_id|>", "<|eot_id|>")),
+        ("gemma", ("<start_of_turn>", "<end_of_turn>")),
+        ("phi3", ("<|user|>", "<|assistant|>", "<|end|>")),
+        ("mistral", ("[INST]", "[/INST]")),
+    ):
+        if all(marker in own for marker in markers):
+            return style
     return "plain"
 
 
 def chat_style(tokenizer: PreTrainedTokenizerBase, style: str = "auto") -> ChatStyle:
-    """The markers of a style.
+    """What a style writes around turns.
 
     Raises:
         ValueError: If the style is unknown, or the tokenizer has not its markers.
@@ -94,36 +142,54 @@ def chat_style(tokenizer: PreTrainedTokenizerBase, style: str = "auto") -> ChatS
     name = detect_style(tokenizer) if style == "auto" else style
     if name not in STYLES:
         raise ValueError(f"unknown chat style {style!r}: use one of auto, {', '.join(STYLES)}")
-    if name == "chatml":
-        found = ChatStyle("<|im_start|>", "\n", "<|im_end|>", "\n")
-    elif name == "llama3":
-        found = ChatStyle("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
-    elif tokenizer.eos_token is None:
+    if name in ("mistral", "vicuna", "plain") and tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no end-of-sequence token to end a turn with: set tokenizer.eos_token")
-    else:
-        found = ChatStyle("", ":\n", str(tokenizer.eos_token), "\n", upper=True)
-    missing = [m for m in (found.before, found.end) if m and m not in tokenizer.added_tokens_encoder]
+    found = _style(tokenizer, name)
+    missing = [marker for marker in found.markers if marker not in tokenizer.added_tokens_encoder]
     if missing:
         raise ValueError(f"the tokenizer has no {' or '.join(missing)}: chat style {name!r} is not this model's")
     return found
 
 
+def _style(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatStyle:
+    end = str(tokenizer.eos_token)
+    if name == "chatml":
+        return _even_style("<|im_start|>", "\n", "<|im_end|>", "\n")
+    if name == "phi4":
+        return _even_style("<|im_start|>", "<|im_sep|>", "<|im_end|>", "")
+    if name == "llama3":
+        return _even_style("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
+    if name == "gemma":
+        names = {"user": "user", "assistant": "model"}
+        return _even_style("<start_of_turn>", "\n", "<end_of_turn>", "\n", names)
+    if name == "phi3":
+        return _even_style("<|", "|>\n", "<|end|>", "\n", markers=("<|user|>", "<|assistant|>", "<|end|>"))
+    if name == "mistral":
+        return _mistral_style(tokenizer)
+    if name == "vicuna":
+        openings = {"system": "", "user": "USER: ", "assistant": "ASSISTANT:"}
+        closings = {"system": " ", "user": " ", "assistant": ""}
+        return ChatStyle(openings, closings, end, lead=" ", markers=(end,))
+    names = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT"}
+    return _even_style("", ":\n", end, "\n", names)
+
+
 def build_chat_template(tokenizer: PreTrainedTokenizerBase, style: str = "auto") -> str:
     """The Jinja template of a style; it writes the tokenizer's begin-of-sequence token where that is no marker."""
-    markers = chat_style(tokenizer, style)
+    found = chat_style(tokenizer, style)
     begin = tokenizer.bos_token
-    if begin is None or begin in (markers.before, markers.end, tokenizer.eos_token):
+    if begin is None or begin in (*found.markers, found.end, tokenizer.eos_token):
         begin = ""
     template = _TEMPLATE
     for name, value in (
         ("@BEGIN", str(begin)),
-        ("@BEFORE", markers.before),
-        ("@AFTER", markers.after),
-        ("@END", markers.end),
-        ("@BETWEEN", markers.between),
+        ("@OPENINGS", dict(found.openings)),
+        ("@CLOSINGS", dict(found.closings)),
+        ("@LEAD", found.lead),
+        ("@END", found.end),
     ):
         template = template.replace(name, json.dumps(value))
-    return template.replace("@CASE", "|upper" if markers.upper else "")
+    return template
 
 
 def fence(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -166,14 +232,21 @@ class RenderedChat:
 def render_chat(
     messages: list[dict[str, Any]], template: str, add_generation_prompt: bool = False, **variables: Any
 ) -> RenderedChat:
-    """Run the template on one conversation whose texts went through :func:`fence`."""
-    rendered, learnt = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **variables,
-    )
+    """Run the template on one conversation whose texts went through :func:`fence`.
+
+    Raises:
+        ValueError: If the template refuses the conversation, or is no Jinja template.
+    """
+    try:
+        rendered, learnt = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses it: {error}") from error
     return RenderedChat(rendered[0], [(start, end) for start, end in learnt[0]])
 
 

@@ -35,6 +35,7 @@ class ClocMllmConfig(LlavaConfig):
             ``text``.
         region_token_index: Id of ``<region>``.
         ground_token_index: Id of ``<ground>``.
+        lm_head_bias: Whether the language model's head has a bias (Phi's has; stock LLaVA's has none).
 
     Everything else (``vision_config``, ``text_config``, ``image_token_index``, ``vision_feature_layer``,
     ``vision_feature_select_strategy``, ...) is LLaVA's and means the same.
@@ -60,6 +61,7 @@ class ClocMllmConfig(LlavaConfig):
     grounding_config: dict | PreTrainedConfig | None = None
     region_token_index: int = 32001
     ground_token_index: int = 32002
+    lm_head_bias: bool = False
 
     def validate_architecture(self) -> None:
         """Refuse combinations that have no meaning (called by transformers' strict validation)."""

@@ -36,6 +36,7 @@ from .configuration_cloc import ClocPrompterConfig
 from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
 from .grounding_head import ClocGroundingHead, image_before
+from .language_head import build_language_head, finish_logits
 from .modeling_cloc import ClocModel
 from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutput, ClocMllmModelOutputWithPast
 from .region_encoder import RegionProjector, build_region_reader, checked_image_index
@@ -358,7 +359,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = ClocMllmModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = build_language_head(text, config.lm_head_bias)
         # LLaVA's is fixed to the name that Llama gives its embeddings; GPT-2, OPT and others have theirs elsewhere.
         embeddings = self.model.language_model.get_input_embeddings()
         name = next(n for n, module in self.model.language_model.named_modules() if module is embeddings)
@@ -385,7 +386,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
 
         Args:
             encoder: A CLOC encoder, or a plain CLIP one (``prompter_config`` ``None``).
-            llm: Any causal language model of transformers whose head is one linear layer without bias.
+            llm: Any causal language model of transformers whose head is one linear layer, perhaps with a bias, a
+                scale or a cap; see :mod:`.language_head`.
             tokenizer: The processor's tokenizer, control tokens included.
             region_encoder: ``prompter``, ``roi_align`` or ``none``. Weights come from the encoder if it has that kind
                 of region encoder; otherwise they are new.
@@ -488,7 +490,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        logits = finish_logits(self.lm_head(hidden[:, kept]), self.config.text_config)
         loss = None
         if labels is not None:
             if bool(((labels == self.config.image_token_index) | (labels == self.config.region_token_index)).any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from tests.builders import tiny_cloc
 from tests.builders_mllm import (
+    LLM_FAMILIES,
     assistant,
+    grounding_turn,
     image,
     model_inputs,
+    region,
     stock_llava,
+    text,
     tiny_llm,
     tiny_llm_tokenizer,
     tiny_mllm,
@@ -131,24 +136,41 @@ def test_a_tokenizer_without_control_tokens_is_refused() -> None:
         ClocMllmForConditionalGeneration.from_parts(encoder, tiny_llm(), tiny_llm_tokenizer())
 
 
-def test_a_language_model_that_caps_its_logits_is_refused() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
+def test_logits_that_are_finished_in_an_unknown_way_are_refused() -> None:
     encoder, _ = tiny_cloc()
     _, processor = tiny_mllm()
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=350,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.5,
-    )
-    with pytest.raises(ValueError, match="does more to its logits"):
-        ClocMllmForConditionalGeneration.from_parts(encoder, Gemma2ForCausalLM(config), processor.tokenizer)
+    llm = tiny_llm("llama")
+    llm.register_forward_hook(lambda module, args, output: type(output)(logits=output.logits * 2))
+    with pytest.raises(ValueError, match="does something to its logits, beyond one linear layer"):
+        ClocMllmForConditionalGeneration.from_parts(encoder, llm, processor.tokenizer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", LLM_FAMILIES)
+def test_any_language_model(family: str, tied: bool, tmp_path: Path) -> None:
+    """Its own logits on text; a gradient in every part; and batched answers as one by one, after saving and loading."""
+    llm = tiny_llm(family, tied=tied)
+    model, processor = tiny_mllm(family, tied=tied)
+    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone, together = llm(ids).logits, model(ids).logits
+    torch.testing.assert_close(alone, together[..., : alone.shape[-1]], rtol=0, atol=1e-6)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    asked = [[user(image(1), text("what is "), region(2, 2, 20, 20))], [user("why")], [user(image(2), text("where"))]]
+    said = [[*turns, grounding_turn() if k != 1 else assistant("yes")] for k, turns in enumerate(asked)]
+    loss = model.train()(**model_inputs(processor.encode(said, return_labels=True))).loss
+    loss.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert all(name.startswith("model.vision_tower.") for name in without), without
+
+    model.eval().save_pretrained(tmp_path)
+    loaded = ClocMllmForConditionalGeneration.from_pretrained(tmp_path)
+    batch = processor.encode(asked, add_generation_prompt=True)
+    together = loaded.generate(**batch, max_new_tokens=5, min_new_tokens=5)[:, batch["input_ids"].shape[1] :]
+    for turns, answer in zip(asked, together, strict=True):
+        one = processor.encode([turns], add_generation_prompt=True)
+        alone = model.generate(**one, max_new_tokens=5, min_new_tokens=5)[0, one["input_ids"].shape[1] :]
+        assert torch.equal(alone, answer)
 
 
 def test_new_vocabulary_never_shrinks_and_is_never_said() -> None:

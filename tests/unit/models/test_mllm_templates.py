@@ -62,6 +62,72 @@ def test_a_base_model_without_markers() -> None:
     assert int((batch["input_ids"] == processor.tokenizer.bos_token_id).sum()) == 1
 
 
+USER = "<image>\nwhat is this"
+
+
+@pytest.mark.parametrize(
+    ("special", "style", "expected"),
+    [
+        (
+            ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+            "gemma",
+            f"<bos><start_of_turn>user\nbe brief\n\n{USER}<end_of_turn>\n<start_of_turn>model\na ring<end_of_turn>\n"
+            "<start_of_turn>user\nwhy<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        (
+            ("<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+            "phi3",
+            f"<s><|system|>\nbe brief<|end|>\n<|user|>\n{USER}<|end|>\n<|assistant|>\na ring<|end|>\n"
+            "<|user|>\nwhy<|end|>\n<|assistant|>\n",
+        ),
+        (
+            ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+            "phi4",
+            f"<|im_start|>system<|im_sep|>be brief<|im_end|><|im_start|>user<|im_sep|>{USER}<|im_end|>"
+            "<|im_start|>assistant<|im_sep|>a ring<|im_end|><|im_start|>user<|im_sep|>why<|im_end|>"
+            "<|im_start|>assistant<|im_sep|>",
+        ),
+        (
+            ("<s>", "</s>", "[INST]", "[/INST]"),
+            "mistral",
+            f"<s>[INST] be brief\n\n{USER}[/INST] a ring</s>[INST] why[/INST]",
+        ),
+        (
+            ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+            "mistral",
+            f"<s>[SYSTEM_PROMPT]be brief[/SYSTEM_PROMPT][INST]{USER}[/INST]a ring</s>[INST]why[/INST]",
+        ),
+    ],
+)
+def test_the_markers_of_other_families(special: tuple[str, ...], style: str, expected: str) -> None:
+    """As the model cards of Gemma, Phi-3, Phi-4 and Mistral write a conversation."""
+    ends = {"bos_token": special[0], "eos_token": special[1]} if special[1] in ("<eos>", "</s>") else {}
+    tokenizer = tiny_llm_tokenizer(special, **(ends or {"eos_token": special[0]}))
+    processor = processor_for(tokenizer)
+    assert detect_style(tokenizer) == style
+    assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == expected
+    batch = processor.encode(TURNS[:3], return_labels=True)
+    learnt = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
+    assert learnt.strip() == f"a ring{processor.tokenizer.eos_token}"
+    prompt = processor.encode(TURNS[:2], add_generation_prompt=True)["input_ids"][0].tolist()
+    assert batch["input_ids"][0].tolist()[: len(prompt)] == prompt
+
+
+def test_vicuna_is_asked_for_by_name() -> None:
+    tokenizer = tiny_llm_tokenizer(("<s>", "</s>"), bos_token="<s>", eos_token="</s>")
+    processor = processor_for(tokenizer, chat_style_name="vicuna")
+    assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == (
+        f"<s>be brief USER: {USER} ASSISTANT: a ring</s>USER: why ASSISTANT:"
+    )
+
+
+def test_a_system_prompt_is_never_lost() -> None:
+    special = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+    processor = processor_for(tiny_llm_tokenizer(special, bos_token="<bos>", eos_token="<eos>"))
+    with pytest.raises(ConversationError, match="a system prompt with no user's turn behind it"):
+        processor.encode([TURNS[0]])
+
+
 def test_a_style_that_is_not_the_tokenizers_is_refused() -> None:
     with pytest.raises(ValueError, match="chat style 'llama3' is not this model's"):
         processor_for(tiny_llm_tokenizer(), chat_style_name="llama3")
