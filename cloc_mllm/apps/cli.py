@@ -51,6 +51,7 @@ COMMANDS = (
     Command("data", "cloc_mllm.apps.commands.data", "make procedural scenes, convert datasets, check a dataset"),
     Command("train", "cloc_mllm.apps.commands.train", "explain a training preset: values, batch, what is frozen"),
     Command("eval", "cloc_mllm.apps.commands.evaluate", "score an encoder or an MLLM on a suite"),
+    Command("assemble", "cloc_mllm.apps.commands.assemble", "put a tower and an LLM together into an untrained MLLM"),
     Command("chat", "cloc_mllm.apps.commands.chat", "talk with an MLLM about an image and boxes on it"),
     Command("export", "cloc_mllm.apps.commands.export", "write a checkpoint in a layout other programs load"),
 )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_cloc import ClocPrompterConfig, has_class_token
 from .configuration_cloc_mllm import CONTROL_TOKENS, ClocMllmConfig, feature_strategy
-
-if TYPE_CHECKING:
-    from .modeling_cloc import ClocModel
 
 VOCABULARY_MULTIPLE = 64
 WEIGHT_SHAPING = (
@@ -30,9 +28,48 @@ WEIGHT_SHAPING = (
 """What two Prompter configurations must agree on for one's weights to mean the same in the other."""
 
 
+@dataclass(frozen=True)
+class EncoderParts:
+    """What an MLLM takes of an encoder, whatever its kind.
+
+    Attributes:
+        vision_config: The tower's configuration.
+        projection_dim: Dimension of the space that its regions and texts share; a bare tower's own width.
+        prompter_config: Its Prompter's configuration, if it is CLOC's.
+        vision_model: The tower; ``None`` where only configurations are asked for.
+        prompter: Its Prompter.
+        box_head: Its BoxHead.
+    """
+
+    vision_config: Any
+    projection_dim: int
+    prompter_config: ClocPrompterConfig | None = None
+    vision_model: nn.Module | None = None
+    prompter: nn.Module | None = None
+    box_head: nn.Module | None = None
+
+    @classmethod
+    def planned(cls, config: PreTrainedConfig) -> EncoderParts:
+        """Parts of an encoder that is known by its configuration only."""
+        vision = getattr(config, "vision_config", config)
+        dim = getattr(config, "projection_dim", None) or vision.hidden_size
+        return cls(vision, dim, getattr(config, "prompter_config", None))
+
+    @classmethod
+    def of(cls, encoder: PreTrainedModel) -> EncoderParts:
+        """Parts of a CLOC encoder, of transformers' CLIP or SigLIP, or of one of their image towers alone."""
+        whole = hasattr(encoder.config, "vision_config")
+        return replace(
+            cls.planned(encoder.config),
+            vision_model=encoder.vision_model if whole else encoder,
+            prompter=getattr(encoder, "prompter", None),
+            box_head=getattr(encoder, "box_head", None),
+        )
+
+
 def assemble(
     model_class: Any,
-    encoder: ClocModel,
+    encoder: PreTrainedModel,
     llm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -48,28 +85,30 @@ def assemble(
         raise ValueError(f"grounding_init is {grounding_init!r}, not one of encoder, new")
     ids = control_ids(tokenizer)
     head = _head_of(llm)
+    parts = EncoderParts.of(encoder)
     asked = llava.pop("vision_feature_select_strategy", None)
     config = ClocMllmConfig(
-        vision_config=copy.deepcopy(encoder.config.vision_config),
+        vision_config=copy.deepcopy(parts.vision_config),
         text_config=copy.deepcopy(llm.config),
         region_encoder=region_encoder,
-        prompter_config=None if region_encoder == "none" else prompter_config or prompter_like(encoder, region_encoder),
+        prompter_config=None if region_encoder == "none" else prompter_config or prompter_like(parts, region_encoder),
         grounding=grounding,
-        grounding_config=None if grounding == "text" else grounding_config or prompter_like(encoder, "prompter"),
+        grounding_config=None if grounding == "text" else grounding_config or prompter_like(parts, "prompter"),
         image_token_index=ids["<image>"],
         region_token_index=ids["<region>"],
         ground_token_index=ids["<ground>"],
-        vision_feature_select_strategy=feature_strategy(encoder.config.vision_config, asked),
+        vision_feature_select_strategy=feature_strategy(parts.vision_config, asked),
         lm_head_bias=head.bias is not None,
         **llava,
     )
-    config.image_seq_length = _visual_tokens(encoder, config)
+    config.image_seq_length = _visual_tokens(parts.vision_model, config)
     model = model_class(config).to(device=llm.device, dtype=llm.dtype).eval()
-    model.model.vision_tower.load_state_dict(encoder.vision_model.state_dict())
+    assert parts.vision_model is not None
+    model.model.vision_tower.load_state_dict(parts.vision_model.state_dict())
     _copy_language_model(model, llm)
-    _copy_region_encoder(model.model, encoder)
+    _copy_region_encoder(model.model, parts)
     if grounding_init == "encoder":
-        _copy_grounding_head(model.model, encoder)
+        _copy_grounding_head(model.model, parts)
     _check_same_logits(model, llm)
     _extend_vocabulary(model, tokenizer, ids)
     model.generation_config = _generation_config(model, llm, tokenizer, ids)
@@ -92,32 +131,26 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: vocabulary[token] for token in CONTROL_TOKENS}
 
 
-def prompter_like(encoder: ClocModel, kind: str) -> ClocPrompterConfig:
+def prompter_like(encoder: EncoderParts, kind: str) -> ClocPrompterConfig:
     """The encoder's own Prompter configuration, or a fresh one of its widths."""
-    own = encoder.config.prompter_config
+    own = encoder.prompter_config
     if own is not None:
         return ClocPrompterConfig.from_dict({**own.to_dict(), "kind": kind})
     return ClocPrompterConfig(
-        hidden_size=encoder.config.vision_config.hidden_size,
-        projection_dim=encoder.config.projection_dim,
+        hidden_size=encoder.vision_config.hidden_size,
+        projection_dim=encoder.projection_dim,
         kind=kind,
-        has_class_token=has_class_token(encoder.config.vision_config),
+        has_class_token=has_class_token(encoder.vision_config),
     )
 
 
-def _visual_tokens(encoder: ClocModel, config: ClocMllmConfig) -> int:
+def _visual_tokens(tower: Any, config: ClocMllmConfig) -> int:
     """How many tokens one image takes in the text; measured on the tower, whatever its kind."""
     vision = config.vision_config
-    blank = torch.zeros(
-        1,
-        getattr(vision, "num_channels", 3),
-        vision.image_size,
-        vision.image_size,
-        device=encoder.device,
-        dtype=encoder.dtype,
-    )
+    side, weight = vision.image_size, next(tower.parameters())
+    blank = torch.zeros(1, getattr(vision, "num_channels", 3), side, side, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        tokens = encoder.vision_model(pixel_values=blank).last_hidden_state.shape[1]
+        tokens = tower(pixel_values=blank).last_hidden_state.shape[1]
     return tokens - (config.vision_feature_select_strategy == "default")
 
 
@@ -141,16 +174,16 @@ def _copy_language_model(model: Any, llm: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _copy_region_encoder(model: Any, encoder: ClocModel) -> None:
+def _copy_region_encoder(model: Any, encoder: EncoderParts) -> None:
     """Start the region encoder from the encoder's Prompter, where it fits."""
-    own = encoder.config.prompter_config
+    own = encoder.prompter_config
     if encoder.prompter is not None and model.prompter is not None and _same(model.config.prompter_config, own):
         _load_part(model.prompter, encoder.prompter)
 
 
-def _copy_grounding_head(model: Any, encoder: ClocModel) -> None:
+def _copy_grounding_head(model: Any, encoder: EncoderParts) -> None:
     """Start the grounding head from the encoder's Prompter and BoxHead, where they fit."""
-    own = encoder.config.prompter_config
+    own = encoder.prompter_config
     if encoder.prompter is None or encoder.box_head is None or model.grounding_head is None:
         return
     if _same(model.config.grounding_config, own):
@@ -158,8 +191,8 @@ def _copy_grounding_head(model: Any, encoder: ClocModel) -> None:
         model.grounding_head.box_head.load_state_dict(encoder.box_head.state_dict())
 
 
-def _same(config: ClocPrompterConfig, own: ClocPrompterConfig) -> bool:
-    return all(getattr(config, name) == getattr(own, name) for name in WEIGHT_SHAPING)
+def _same(config: ClocPrompterConfig, own: ClocPrompterConfig | None) -> bool:
+    return own is not None and all(getattr(config, name) == getattr(own, name) for name in WEIGHT_SHAPING)
 
 
 def _load_part(part: nn.Module, source: nn.Module) -> None:

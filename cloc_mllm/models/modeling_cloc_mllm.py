@@ -37,7 +37,6 @@ from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
 from .grounding_head import ClocGroundingHead, image_before
 from .language_head import build_language_head, finish_logits
-from .modeling_cloc import ClocModel
 from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutput, ClocMllmModelOutputWithPast
 from .region_encoder import RegionProjector, build_region_reader, checked_image_index
 
@@ -369,7 +368,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
     @classmethod
     def from_parts(
         cls,
-        encoder: ClocModel,
+        encoder: PreTrainedModel,
         llm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
@@ -385,7 +384,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         """Put an encoder and a language model together; both are copied, and the connectors are new.
 
         Args:
-            encoder: A CLOC encoder, or a plain CLIP one (``prompter_config`` ``None``).
+            encoder: A CLOC encoder with or without Prompter, transformers' CLIP or SigLIP (also SigLIP2 of a fixed
+                resolution), or one of their image towers alone.
             llm: Any causal language model of transformers whose head is one linear layer, perhaps with a bias, a
                 scale or a cap; see :mod:`.language_head`.
             tokenizer: The processor's tokenizer, control tokens included.

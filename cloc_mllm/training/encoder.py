@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.configuration_cloc import ClocConfig
@@ -19,6 +19,7 @@ from cloc_mllm.training.config import PretrainConfig
 from cloc_mllm.training.options import EncoderModelOptions, TokenizerOptions
 from cloc_mllm.training.tokenizer import TEXT_TOKENS, build_tokenizer, corpus, train_text_tokenizer
 from cloc_mllm.training.towers import (
+    BARE_TOWERS,
     CLIP_LOGIT_SCALE_MAX,
     FAMILIES,
     image_statistics,
@@ -49,7 +50,8 @@ def build_encoder(config: PretrainConfig, world: launch.World) -> tuple[ClocMode
     if kind == "cloc":
         return _go_on(path, config)
     if kind in FAMILIES:
-        return _from_towers(kind, path, config, world)
+        torch.manual_seed(config.run.seed)
+        return stock_encoder(kind, path, config.model, config.tokenizer, announce=world.is_main)
     tokenizer = build_tokenizer(
         config.tokenizer,
         lambda: train_text_tokenizer(corpus(config.tokenizer.corpus or config.data.train), config.tokenizer),
@@ -204,6 +206,68 @@ def load_encoder(path: str | Path, *, want_prompter: bool | None = None) -> tupl
     return model.train(), processor
 
 
+def load_any_encoder(path: str | Path) -> tuple[ClocModel, ClocProcessor]:
+    """Load an encoder of this package, or a trained CLIP or SigLIP as one without a Prompter.
+
+    Args:
+        path: A local folder; a hub name too for CLIP and SigLIP.
+
+    Raises:
+        ClocError: There is none, it is of another model, or weights are missing.
+    """
+    kind = encoder_kind(path)
+    if kind in BARE_TOWERS:
+        raise ClocError(
+            "is an image tower alone, which embeds no phrases: the grounding head cannot be taught by them",
+            file=path,
+            remedy="Name a whole CLIP or SigLIP, or set model.grounding=text.",
+        )
+    if kind not in FAMILIES:
+        return load_encoder(path)
+    options = stock_options(kind, path)
+    return stock_encoder(kind, str(path), options, TokenizerOptions())
+
+
+def tower_plan(path: str | Path) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint that is to be an MLLM's encoder, without reading its weights.
+
+    Args:
+        path: A CLOC encoder's folder; or folder or hub name of a CLIP or SigLIP, or of an image tower of these.
+
+    Raises:
+        ClocError: There is none.
+    """
+    kind = encoder_kind(path)
+    if kind in FAMILIES:
+        return tower_config(kind, str(path), stock_options(kind, path))
+    if kind not in BARE_TOWERS:
+        require_model_type(path, "cloc")
+    return AutoConfig.from_pretrained(path)
+
+
+def encoder_kind(path: str | Path) -> str:
+    """Return the `model_type` of a checkpoint that is to be an MLLM's encoder.
+
+    Raises:
+        ClocError: There is no checkpoint.
+    """
+    if Path(path).is_dir() or not _may_be_hub_name(path):
+        return model_type_of(path)
+    try:
+        return str(AutoConfig.from_pretrained(path).model_type)
+    except (OSError, ValueError) as error:
+        raise ClocError(f"no encoder can be loaded: {error}", file=path) from error
+
+
+def stock_options(kind: str, path: str | Path) -> EncoderModelOptions:
+    """Return the options under which a CLIP or SigLIP is taken as it is: its own frame, no Prompter."""
+    return EncoderModelOptions(init=f"{kind}:{path}", prompter=None)
+
+
+def _may_be_hub_name(path: str | Path) -> bool:
+    return str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+
+
 def require_model_type(path: str | Path, model_type: str) -> None:
     """Refuse a folder that does not hold a model of this type.
 
@@ -214,15 +278,24 @@ def require_model_type(path: str | Path, model_type: str) -> None:
     Raises:
         ClocError: No folder, no config.json, or another type.
     """
+    found = model_type_of(path)
+    if found != model_type:
+        raise ClocError(f"holds a model of type '{found}', not '{model_type}'", file=path)
+
+
+def model_type_of(path: str | Path) -> str:
+    """Return the `model_type` that a folder's config.json states.
+
+    Raises:
+        ClocError: No folder, or no readable config.json.
+    """
     file = Path(path) / "config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     except FileNotFoundError:
         raise ClocError("there is no model here (no config.json)", file=path) from None
     except (OSError, ValueError, AttributeError) as error:
         raise ClocError(f"is not a readable model configuration: {error}", file=file) from None
-    if found != model_type:
-        raise ClocError(f"holds a model of type '{found}', not '{model_type}'", file=path)
 
 
 def _with_biases(model: ClocModel, config: PretrainConfig) -> ClocModel:
@@ -252,22 +325,40 @@ def _go_on(path: str, config: PretrainConfig) -> tuple[ClocModel, ClocProcessor]
     return _with_biases(model, config).train(), processor
 
 
-def _from_towers(kind: str, path: str, config: PretrainConfig, world: launch.World) -> tuple[ClocModel, ClocProcessor]:
-    """Start from a trained CLIP or SigLIP, a local folder or a hub name; the Prompter is new."""
-    family, planned = FAMILIES[kind], tower_config(kind, path, config.model)
+def stock_encoder(
+    kind: str, path: str, options: EncoderModelOptions, text: TokenizerOptions, announce: bool = True
+) -> tuple[ClocModel, ClocProcessor]:
+    """Make an encoder of a trained CLIP or SigLIP; its Prompter, if it is to have one, is new.
+
+    Args:
+        kind: `clip` or `siglip`.
+        path: A local folder or a hub name.
+        options: Frame, Prompter, temperatures.
+        text: Longest text and case.
+        announce: Whether to say where the mean and deviation of the pixels were assumed.
+
+    Raises:
+        ClocError: There is no such checkpoint, or it does not fit the options.
+    """
+    family, planned = FAMILIES[kind], tower_config(kind, path, options)
     tokenizer = tower_tokenizer(path)
-    torch.manual_seed(config.run.seed)
     model = load_towers(kind, path, planned)
-    mean, std, stated = image_statistics(kind, path)
-    if not stated and world.is_main:
-        print(f"{path} comes without an image processor: {family.name}'s mean {mean} and deviation {std} are taken")
-    images = ClocImageProcessor(planned.vision_config.image_size, config.model.resize_mode, mean, std)
+    images = stock_images(kind, path, planned.vision_config.image_size, options.resize_mode, announce)
     longest = planned.text_config.max_position_embeddings
     processor = ClocProcessor(
         images,
         tokenizer,
-        max_length=longest if family.fixed_length else min(config.tokenizer.max_length, longest),
-        lower_case=config.tokenizer.lowercase,
+        max_length=longest if family.fixed_length else min(text.max_length, longest),
+        lower_case=text.lowercase,
         fixed_length=family.fixed_length,
     )
     return model.train(), processor
+
+
+def stock_images(kind: str, path: str, size: int, resize_mode: str, announce: bool = True) -> ClocImageProcessor:
+    """Return the image processor of a CLIP or SigLIP tower: its statistics, this package's frame."""
+    mean, std, stated = image_statistics(kind, path)
+    if not stated and announce:
+        name = FAMILIES[kind].name
+        print(f"{path} comes without an image processor: {name}'s mean {mean} and deviation {std} are taken")
+    return ClocImageProcessor(size, resize_mode, mean, std)

@@ -14,26 +14,24 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
-from cloc_mllm.models.assembly_cloc_mllm import prompter_like
-from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig, has_class_token
+from cloc_mllm.models.assembly_cloc_mllm import EncoderParts, prompter_like
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
-from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
 from cloc_mllm.training import launch
+from cloc_mllm.training.assembly import assemble_mllm, head_config, load_tokenizer
 from cloc_mllm.training.config import AlignConfig, InstructConfig
-from cloc_mllm.training.encoder import load_encoder, require_complete, require_model_type
+from cloc_mllm.training.encoder import require_complete, require_model_type, tower_plan
 from cloc_mllm.training.options import AlignDataOptions, MllmModelOptions
 from cloc_mllm.training.tokenizer import build_tokenizer, corpus, train_chat_tokenizer
 
@@ -75,13 +73,13 @@ def mllm_skeleton(config: TuneConfig) -> ClocMllmForConditionalGeneration:
         require_model_type(path, "cloc_mllm")
         return ClocMllmForConditionalGeneration(ClocMllmConfig.from_pretrained(path))
     assert options.encoder is not None  # `MllmModelOptions` has checked it
-    require_model_type(options.encoder, "cloc")
-    encoder = ClocModel(ClocConfig.from_pretrained(options.encoder))
-    head = _grounding_config(options, encoder) or prompter_like(encoder, "prompter")
+    encoder = EncoderParts.planned(tower_plan(options.encoder))
+    own = options.grounding_head
+    head = prompter_like(encoder, "prompter") if own is None else head_config(encoder, own.model_dump())
     reader = options.region_encoder
     return ClocMllmForConditionalGeneration(
         ClocMllmConfig(
-            vision_config=encoder.config.vision_config,
+            vision_config=encoder.vision_config,
             text_config=_language_config(options, vocabulary=config.tokenizer.vocab_size),
             region_encoder=reader,
             prompter_config=None if reader == "none" else prompter_like(encoder, reader),
@@ -139,58 +137,32 @@ def blind(model: nn.Module, tower_mode: str) -> None:
 def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
     options = config.model
     assert options.encoder is not None  # `MllmModelOptions` has checked it
-    encoder, encoder_processor = load_encoder(options.encoder)
     tokenizer = _llm_tokenizer(config, world)
-    try:
-        processor = ClocMllmProcessor.from_parts(
-            encoder_processor.image_processor,
-            tokenizer,
-            encoder.config.vision_config,
-            region_format=region_format(options),
-            grounding=options.grounding,
-            box_mode=options.box_format,
-        )
-        torch.manual_seed(config.run.seed)
-        llm = _language_model(options, processor.tokenizer, vocabulary=len(tokenizer))
-        model = ClocMllmForConditionalGeneration.from_parts(
-            encoder.eval(),
-            llm,
-            processor.tokenizer,
-            region_encoder=options.region_encoder,
-            grounding=options.grounding,
-            vision_feature_layer=options.vision_layer,
-            grounding_config=_grounding_config(options, encoder),
-            grounding_init=options.grounding_init,
-        )
-    except ValueError as error:
-        raise ClocError(f"encoder and LLM do not go together: {error}", file=options.encoder) from error
-    return model, processor
 
+    def scratch_llm(extended: PreTrainedTokenizerBase) -> PreTrainedModel:
+        ids = {"eos_token_id": extended.eos_token_id, "pad_token_id": extended.pad_token_id}
+        return LlamaForCausalLM(_language_config(options, len(tokenizer), **ids))
 
-def _grounding_config(options: MllmModelOptions, encoder: ClocModel) -> ClocPrompterConfig | None:
-    """Return the grounding head's own Prompter configuration, so that towers without one get the same head."""
-    if options.grounding_head is None or options.grounding != "head":
-        return None
-    return ClocPrompterConfig(
-        **options.grounding_head.model_dump(),
-        hidden_size=encoder.config.vision_config.hidden_size,
-        projection_dim=encoder.config.projection_dim,
-        has_class_token=has_class_token(encoder.config.vision_config),
+    return assemble_mllm(
+        options.encoder,
+        scratch_llm if options.llm == "scratch" else options.llm,
+        tokenizer,
+        region_encoder=options.region_encoder,
+        region_format=options.region_format,
+        grounding=options.grounding,
+        box_mode=options.box_format,
+        chat_style=options.chat_style,
+        vision_feature_layer=options.vision_layer,
+        prompter=None if options.grounding_head is None else options.grounding_head.model_dump(),
+        grounding_init=options.grounding_init,
+        seed=config.run.seed,
     )
-
-
-def region_format(options: MllmModelOptions) -> str:
-    """Return how regions are written: as coordinates only, where nothing fills a `<region>` token."""
-    return "coords" if options.region_encoder == "none" else options.region_format
 
 
 def _llm_tokenizer(config: TuneConfig, world: launch.World) -> Any:
     """Return the LLM's own tokenizer, or one trained on the preset's texts for an LLM from scratch."""
     if config.model.llm != "scratch":
-        try:
-            return AutoTokenizer.from_pretrained(config.model.llm)
-        except (OSError, ValueError) as error:
-            raise ClocError(f"holds no tokenizer: {error}", file=config.model.llm) from error
+        return load_tokenizer(config.model.llm)
     files = ("regions.jsonl", "conversations.jsonl")
     return build_tokenizer(
         config.tokenizer,
@@ -214,17 +186,6 @@ def _language_config(options: MllmModelOptions, vocabulary: int, **ids: int | No
         raise ClocError(
             f"cannot be read as the configuration of a language model: {error}", file=options.llm
         ) from error
-
-
-def _language_model(options: MllmModelOptions, tokenizer: Any, vocabulary: int) -> PreTrainedModel:
-    """Return the language model, in fp32."""
-    if options.llm == "scratch":
-        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return LlamaForCausalLM(_language_config(options, vocabulary, **ids))
-    try:
-        return AutoModelForCausalLM.from_pretrained(options.llm, dtype=torch.float32)
-    except (OSError, RuntimeError) as error:
-        raise ClocError(f"cannot be loaded as a causal LM: {error}", file=options.llm) from error
 
 
 class AlignConversations(Dataset):

@@ -321,6 +321,9 @@ class MllmModelOptions(Block):
     )
     llm: str = option("scratch", "parts: scratch, or a folder or hub name of a causal LM")
     scratch_llm: ScratchLlmOptions = block(ScratchLlmOptions, "size of `llm: scratch`")
+    chat_style: str = option(
+        "auto", "markers around turns: auto, chatml, llama3, gemma, phi3, phi4, mistral, vicuna, plain"
+    )
     vision_layer: int = option(-2, "layer of the tower whose patches the LLM sees (LLaVA: the last but one)")
     region_encoder: Literal["none", "prompter", "roi_align"] = option("prompter", "how a <region> is read")
     region_format: Literal["token", "coords", "both"] = option("both", "how a user's region is written")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from cloc_mllm.training.encoder import load_encoder
+from cloc_mllm.training.encoder import load_any_encoder
 
 
 class PhraseEmbedder:
@@ -28,7 +28,7 @@ class PhraseEmbedder:
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        encoder, self._processor = load_encoder(path)
+        encoder, self._processor = load_any_encoder(path)
         self._text_model = encoder.text_model.to(device).eval().requires_grad_(False)
         self._projection = encoder.text_projection.to(device).eval().requires_grad_(False)
         self._width = encoder.config.projection_dim

@@ -76,6 +76,9 @@ FAMILIES = {
 }
 """By the kind in `model.init`, which is the `model_type` of the checkpoint too."""
 
+BARE_TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+"""Types of checkpoints that hold an image tower alone, and the family it is of."""
+
 
 def prompter_config(
     options: EncoderModelOptions, vision: PreTrainedConfig, projection_dim: int
