@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .configuration_cloc import ClocPrompterConfig, has_class_token
 from .configuration_cloc_mllm import CONTROL_TOKENS, ClocMllmConfig, feature_strategy
+from .image_tokens import ImageTokens
 
 if TYPE_CHECKING:
     from .modeling_cloc import ClocModel
@@ -61,7 +62,7 @@ def assemble(
         vision_feature_select_strategy=feature_strategy(encoder.config.vision_config, asked),
         **llava,
     )
-    config.image_seq_length = _visual_tokens(encoder, config)
+    config.image_seq_length = ImageTokens.of(config).per_tile
     model = model_class(config).to(device=llm.device, dtype=llm.dtype).eval()
     model.model.vision_tower.load_state_dict(encoder.vision_model.state_dict())
     _copy_language_model(model, llm)
@@ -101,22 +102,6 @@ def prompter_like(encoder: ClocModel, kind: str) -> ClocPrompterConfig:
         kind=kind,
         has_class_token=has_class_token(encoder.config.vision_config),
     )
-
-
-def _visual_tokens(encoder: ClocModel, config: ClocMllmConfig) -> int:
-    """How many tokens one image takes in the text; measured on the tower, whatever its kind."""
-    vision = config.vision_config
-    blank = torch.zeros(
-        1,
-        getattr(vision, "num_channels", 3),
-        vision.image_size,
-        vision.image_size,
-        device=encoder.device,
-        dtype=encoder.dtype,
-    )
-    with torch.no_grad():
-        tokens = encoder.vision_model(pixel_values=blank).last_hidden_state.shape[1]
-    return tokens - (config.vision_feature_select_strategy == "default")
 
 
 def _copy_language_model(model: Any, llm: PreTrainedModel) -> None:
