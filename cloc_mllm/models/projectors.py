@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -89,6 +91,31 @@ class ImageNewline(nn.Module):
     def forward(self, like: torch.Tensor) -> torch.Tensor:
         """``(D,)`` in the dtype of ``like``, as a tensor of its own: ZeRO-3 takes the weight back at once."""
         return self.weight.to(like.dtype).clone()
+
+
+def set_image_grid(model: Any, pinpoints: list[list[int]] | None) -> None:
+    """Let a finished model take images cut into tiles, or whole ones.
+
+    Args:
+        model: A :class:`ClocMllmModel`, changed in place.
+        pinpoints: Resolutions ``[height, width]`` of ``anyres``, with a new ``image_newline`` if there is none yet;
+            ``None``: every image is one square.
+
+    Raises:
+        ValueError: If the tower's tokens are no grid of patches, or tiles do not fill a resolution.
+    """
+    before = model.config.image_grid_pinpoints
+    model.config.image_grid_pinpoints = pinpoints
+    try:
+        ImageTokens.of(model.config)
+    except ValueError:
+        model.config.image_grid_pinpoints = before
+        raise
+    if pinpoints is None:
+        model.image_newline = None
+    elif model.image_newline is None:
+        weight = next(model.multi_modal_projector.parameters())
+        model.image_newline = ImageNewline(model.config.text_config.hidden_size).to(weight.device, weight.dtype)
 
 
 def checked_tiles(
