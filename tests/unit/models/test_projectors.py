@@ -105,6 +105,15 @@ def test_projectors_that_do_not_fit_are_refused_by_name(options: dict[str, Any],
         tiny_mllm(**options)
 
 
+@pytest.mark.parametrize("options", [{"projector_type": "pixel_shuffle"}, {"image_grid_pinpoints": [[32, 64]]}])
+def test_a_tower_without_class_token_gives_all_of_its_tokens(options: dict[str, Any]) -> None:
+    vision = {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}
+    layout = ImageTokens.of(ClocMllmConfig(vision_config=vision, vision_feature_select_strategy="full", **options))
+    assert (layout.side, layout.extra) == (2 if "projector_type" in options else 4, 0)
+    with pytest.raises(Exception, match="and nothing else"):
+        ClocMllmConfig(vision_config=vision, vision_feature_select_strategy="default", **options)
+
+
 def test_a_processor_of_another_model_is_refused() -> None:
     from cloc_mllm.errors import ClocError
 
