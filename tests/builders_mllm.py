@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -92,6 +94,8 @@ def tiny_mllm(
     region_format: str = "token",
     encoder: ClocModel | None = None,
     seed: int = 2,
+    image_mode: str | None = None,
+    image_grid_pinpoints: list[list[int]] | None = None,
     **options: Any,
 ) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
     """A tiny random MLLM in evaluation mode and its processor."""
@@ -104,6 +108,9 @@ def tiny_mllm(
         region_format=region_format,
         grounding=grounding,
         vision_feature_select_strategy=options.get("vision_feature_select_strategy", "default"),
+        image_mode=image_mode,
+        image_grid_pinpoints=image_grid_pinpoints,
+        **{name: options[name] for name in ("projector_type", "pixel_shuffle_factor") if name in options},
     )
     torch.manual_seed(seed)
     model = ClocMllmForConditionalGeneration.from_parts(
@@ -112,6 +119,7 @@ def tiny_mllm(
         processor.tokenizer,
         region_encoder=region_encoder,
         grounding=grounding,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         **options,
     )
     return model, processor
@@ -152,14 +160,22 @@ def model_inputs(batch: Any) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in ("ground_boxes", "ground_phrases")}
 
 
-def stock_llava(model: ClocMllmForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Transformers' own LLaVA with the weights that it has a place for: the oracle for everything but regions."""
+def stock_llava(model: ClocMllmForConditionalGeneration) -> Any:
+    """Transformers' own LLaVA, or LLaVA-NeXT, with the weights it has a place for: the oracle for all but regions."""
     ours = {"region_encoder", "prompter_config", "grounding", "grounding_config", "region_token_index"}
     ours |= {"ground_token_index", "lm_head_bias", "model_type", "auto_map", "architectures"}
-    config = LlavaConfig(**{name: value for name, value in model.config.to_dict().items() if name not in ours})
-    stock = LlavaForConditionalGeneration(config).eval()
+    ours |= {"projector_type", "pixel_shuffle_factor"}
+    shared = {name: value for name, value in model.config.to_dict().items() if name not in ours}
+    stock: Any
+    if shared["image_grid_pinpoints"] is None:
+        del shared["image_grid_pinpoints"]
+        stock = LlavaForConditionalGeneration(LlavaConfig(**shared)).eval()
+    else:
+        stock = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared)).eval()
     extra = ("model.prompter.", "model.region_projector.", "model.grounding_head.")
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(extra)}
+    if "model.image_newline.weight" in weights:
+        weights["model.image_newline"] = weights.pop("model.image_newline.weight")
     stock.load_state_dict(weights)
     stock.generation_config = model.generation_config
     return stock

@@ -19,6 +19,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.answer_text import AnswerText as Answer
 from cloc_mllm.models.conversation_cloc_mllm import ConversationError
+from cloc_mllm.models.image_tokens import ImageTokens
 
 MODEL_TYPE = "cloc_mllm"
 
@@ -42,6 +43,7 @@ class Predictor:
         for what, of_model, of_processor in (
             ("grounding", config.grounding, processor.grounding),
             ("tokens an image", config.image_seq_length, processor.num_image_tokens),
+            ("resolutions of tiles", ImageTokens.of(config).pinpoints, processor.image_layout.pinpoints),
             ("id of <image>", config.image_token_index, processor.image_token_id),
             ("id of <region>", config.region_token_index, processor.region_token_id),
             ("id of <ground>", config.ground_token_index, processor.ground_token_id),

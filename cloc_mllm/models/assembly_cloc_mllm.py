@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from .configuration_cloc import ClocPrompterConfig, has_class_token
 from .configuration_cloc_mllm import CONTROL_TOKENS, ClocMllmConfig, feature_strategy
+from .image_tokens import ImageTokens
 
 VOCABULARY_MULTIPLE = 64
 WEIGHT_SHAPING = (
@@ -101,7 +102,7 @@ def assemble(
         lm_head_bias=head.bias is not None,
         **llava,
     )
-    config.image_seq_length = _visual_tokens(parts.vision_model, config)
+    config.image_seq_length = ImageTokens.of(config).per_tile
     model = model_class(config).to(device=llm.device, dtype=llm.dtype).eval()
     assert parts.vision_model is not None
     model.model.vision_tower.load_state_dict(parts.vision_model.state_dict())
@@ -142,16 +143,6 @@ def prompter_like(encoder: EncoderParts, kind: str) -> ClocPrompterConfig:
         kind=kind,
         has_class_token=has_class_token(encoder.vision_config),
     )
-
-
-def _visual_tokens(tower: Any, config: ClocMllmConfig) -> int:
-    """How many tokens one image takes in the text; measured on the tower, whatever its kind."""
-    vision = config.vision_config
-    side, weight = vision.image_size, next(tower.parameters())
-    blank = torch.zeros(1, getattr(vision, "num_channels", 3), side, side, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        tokens = tower(pixel_values=blank).last_hidden_state.shape[1]
-    return tokens - (config.vision_feature_select_strategy == "default")
 
 
 def _head_of(llm: PreTrainedModel) -> nn.Linear:

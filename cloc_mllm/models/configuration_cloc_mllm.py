@@ -5,6 +5,7 @@ from transformers import LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_cloc import ClocPrompterConfig, has_class_token
+from .image_tokens import PROJECTOR_TYPES, ImageTokens
 
 # No `from __future__ import annotations` here: transformers' strict configurations read the annotations at run time.
 
@@ -36,6 +37,11 @@ class ClocMllmConfig(LlavaConfig):
         region_token_index: Id of ``<region>``.
         ground_token_index: Id of ``<ground>``.
         lm_head_bias: Whether the language model's head has a bias (Phi's has; stock LLaVA's has none).
+        projector_type: From the tower to the language model. ``mlp2x_gelu``: LLaVA-1.5's two layers; ``linear``: one;
+            ``pixel_shuffle``: ``pixel_shuffle_factor**2`` patches become one token, then two layers.
+        pixel_shuffle_factor: Patches along each side of what ``pixel_shuffle`` makes one token of.
+        image_grid_pinpoints: Resolutions ``[height, width]`` in pixels that ``anyres`` cuts into tiles, as LLaVA-NeXT;
+            ``None``: every image is one square.
 
     Everything else (``vision_config``, ``text_config``, ``image_token_index``, ``vision_feature_layer``,
     ``vision_feature_select_strategy``, ...) is LLaVA's and means the same.
@@ -62,6 +68,9 @@ class ClocMllmConfig(LlavaConfig):
     region_token_index: int = 32001
     ground_token_index: int = 32002
     lm_head_bias: bool = False
+    projector_type: str = "mlp2x_gelu"
+    pixel_shuffle_factor: int = 2
+    image_grid_pinpoints: list | None = None
 
     def validate_architecture(self) -> None:
         """Refuse combinations that have no meaning (called by transformers' strict validation)."""
@@ -69,6 +78,10 @@ class ClocMllmConfig(LlavaConfig):
             raise ValueError(f"unknown region_encoder {self.region_encoder!r}: use one of {', '.join(REGION_ENCODERS)}")
         if self.grounding not in GROUNDING_MODES:
             raise ValueError(f"unknown grounding {self.grounding!r}: use one of {', '.join(GROUNDING_MODES)}")
+        if self.projector_type not in PROJECTOR_TYPES:
+            raise ValueError(f"unknown projector_type {self.projector_type!r}: use one of {', '.join(PROJECTOR_TYPES)}")
+        if self.projector_type == "pixel_shuffle" or self.image_grid_pinpoints is not None:
+            ImageTokens.of(self)
         for part, wanted, given in (
             (f"region_encoder {self.region_encoder!r}", self.region_encoder != "none", self.prompter_config),
             (f"grounding {self.grounding!r}", self.grounding == "head", self.grounding_config),

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-RESIZE_MODES = ("pad", "resize")
+from .image_tokens import best_resolution, scaled_size
+
+RESIZE_MODES = ("pad", "resize", "anyres")
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,15 @@ class Geometry:
             height: Height of the original image in pixels.
             size: Side of the model frame in pixels.
             resize_mode: ``pad`` scales the long side to ``size`` and centres the image between equal bands of
-                padding; ``resize`` stretches both sides to ``size``.
+                padding; ``resize`` stretches both sides to ``size``; so does ``anyres``, whose model frame is the
+                overview (see :meth:`tiles` for the rest).
 
         Raises:
             ValueError: If a size is not positive or the mode is unknown.
         """
         if min(width, height, size) <= 0:
             raise ValueError(f"cannot place an image of {width} x {height} pixels in a frame of {size}")
-        if resize_mode == "resize":
+        if resize_mode in ("resize", "anyres"):
             return cls(width, height, size, size, size, 0, 0)
         if resize_mode != "pad":
             raise ValueError(f"unknown resize mode {resize_mode!r}: use one of {', '.join(RESIZE_MODES)}")
@@ -63,6 +66,29 @@ class Geometry:
         return cls(
             width, height, size, scaled_width, scaled_height, (size - scaled_width) // 2, (size - scaled_height) // 2
         )
+
+    @classmethod
+    def tiles(cls, width: int, height: int, size: int, pinpoints: Sequence[Sequence[int]]) -> list[Geometry]:
+        """Place an image in each of the tiles that ``anyres`` cuts it into, LLaVA-NeXT's way.
+
+        Args:
+            width: Width of the original image in pixels.
+            height: Height of the original image in pixels.
+            size: Side of a tile in pixels.
+            pinpoints: Resolutions ``[height, width]`` to choose from, in multiples of ``size``.
+
+        Returns:
+            One geometry a tile, row by row, whose model frame is that tile. The image is larger than a tile: what of
+            it lies elsewhere has coordinates below 0 or above 1 there, and negative ``left`` and ``top``.
+        """
+        resolution = best_resolution(height, width, pinpoints)
+        scaled_height, scaled_width = scaled_size(height, width, resolution)
+        top, left = (resolution[0] - scaled_height) // 2, (resolution[1] - scaled_width) // 2
+        return [
+            cls(width, height, size, scaled_width, scaled_height, left - column, top - row)
+            for row in range(0, resolution[0], size)
+            for column in range(0, resolution[1], size)
+        ]
 
     @property
     def content(self) -> torch.Tensor:

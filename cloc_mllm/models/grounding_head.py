@@ -7,6 +7,8 @@ text embeddings as well, and the language model's query can be pulled towards th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -80,17 +82,18 @@ class ClocGroundingHead(nn.Module):
         return asked, boxes[:count], boxes[count:] if queries is not None else None
 
 
-def image_before(is_image: torch.Tensor, per_image: int) -> torch.Tensor:
+def image_before(is_image: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """For every token, the last image that its row shows before it.
 
     Args:
         is_image: ``(B, T)`` where ``<image>`` placeholders stand.
-        per_image: How many of them an image takes; 0 if there is none.
+        counts: How many of them each image takes, in their order; they may differ.
 
     Returns:
         ``(B, T)`` images counted over the batch; -1 where there is none.
     """
     before, in_row = is_image.cumsum(-1), is_image.sum(-1)
     in_earlier_rows = (in_row.cumsum(0) - in_row)[:, None]
-    index = (in_earlier_rows + before) // max(per_image, 1) - 1
-    return torch.where((before > 0) & (per_image > 0), index, -1)
+    ends = torch.tensor(counts, dtype=torch.long, device=is_image.device).cumsum(0)
+    index = torch.searchsorted(ends, in_earlier_rows + before, right=True) - 1
+    return torch.where(before > 0, index, -1)

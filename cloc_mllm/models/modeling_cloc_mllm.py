@@ -14,6 +14,7 @@ ranks would otherwise wait for each other for ever, or silently sum gradients of
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils.generic import can_return_tuple
 
 from .assembly_cloc_mllm import assemble
@@ -36,8 +36,10 @@ from .configuration_cloc import ClocPrompterConfig
 from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
 from .grounding_head import ClocGroundingHead, image_before
+from .image_tokens import ImageTokens
 from .language_head import build_language_head, finish_logits
 from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutput, ClocMllmModelOutputWithPast
+from .projectors import ImageNewline, build_projector, checked_tiles, pack_tiles
 from .region_encoder import RegionProjector, build_region_reader, checked_image_index
 
 
@@ -52,7 +54,10 @@ class ClocMllmModel(LlavaModel):
         super(LlavaModel, self).__init__(config)
         width = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.multi_modal_projector = build_projector(config)
+        self.image_newline: nn.Module | None = None
+        if config.image_grid_pinpoints is not None:
+            self.image_newline = ImageNewline(width)
         self.prompter: nn.Module | None = None
         self.region_projector: nn.Module | None = None
         self.grounding_head: nn.Module | None = None
@@ -71,6 +76,8 @@ class ClocMllmModel(LlavaModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             initialization.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, ImageNewline):
+            initialization.normal_(module.weight, std=len(module.weight) ** -0.5)
 
     def _runs_every_part(self) -> bool:
         # Partitioned weights are gathered by all ranks together, in evaluation too.
@@ -91,10 +98,12 @@ class ClocMllmModel(LlavaModel):
         ``generate`` calls this once, before the first token, with those of its arguments that this signature names.
 
         Args:
-            pixel_values: ``(I, 3, H, W)``.
+            pixel_values: ``(I, 3, H, W)``; with ``anyres`` one row a tile, or as LLaVA-NeXT's processor has it,
+                ``(I, most tiles, 3, H, W)``.
             vision_feature_layer: Layer(s) of the tower the language model sees; default the configuration's.
             vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps it.
-            image_sizes: For towers that take images of many sizes; see LLaVA.
+            image_sizes: ``(I, 2)`` height and width of the original images in pixels, which ``anyres`` needs; else for
+                towers that take images of many sizes, see LLaVA.
             region_boxes: ``(R, 4)`` float32 xyxy, normalised, model frame; a box of no size is a point.
             region_image_index: ``(R,)`` the image of each region; may be left out if there is one image.
             **kwargs: Passed to the tower.
@@ -103,9 +112,14 @@ class ClocMllmModel(LlavaModel):
             A :class:`ClocMllmImageOutput`.
 
         Raises:
-            ValueError: If there are regions but no region encoder, or an index does not fit.
+            ValueError: If there are regions but no region encoder, an index does not fit, or there are more or fewer
+                tiles than images of these sizes are cut into.
         """
         kwargs.pop("return_dict", None)
+        sizes: list[tuple[int, int]] = []
+        if self.image_newline is not None:
+            pixel_values, sizes = checked_tiles(ImageTokens.of(self.config), pixel_values, image_sizes)
+            image_sizes = None
         image = super().get_image_features(
             pixel_values=pixel_values.to(self.vision_tower.dtype),
             vision_feature_layer=vision_feature_layer,
@@ -120,8 +134,25 @@ class ClocMllmModel(LlavaModel):
             hidden_states=image.hidden_states,
             attentions=image.attentions,
         )
+        if self.image_newline is not None:
+            self._join_tiles(output, sizes)
         self._encode_regions(output, region_boxes, region_image_index)
         return output
+
+    def _join_tiles(self, output: ClocMllmImageOutput, sizes: list[tuple[int, int]]) -> None:
+        """From one entry a tile to one an image of a (height, width): all of its features, its overview's tokens."""
+        assert self.image_newline is not None
+        layout = ImageTokens.of(self.config)
+        features = torch.stack(output.pooler_output)
+        newline = self.image_newline(features)
+        tiles = [layout.num_tiles(*size) for size in sizes]
+        packed = [pack_tiles(f, layout, *size, newline) for f, size in zip(features.split(tiles), sizes, strict=True)]
+        if self._runs_every_part():
+            # An image may be so long and thin that no row of tiles is left of it.
+            packed[0] = packed[0] + 0.0 * newline.sum()
+        output.pooler_output = packed
+        firsts = [end - count for end, count in zip(accumulate(tiles), tiles, strict=True)]
+        output.last_hidden_state = output.last_hidden_state[firsts]
 
     def _encode_regions(
         self, output: ClocMllmImageOutput, boxes: torch.Tensor | None, image_index: torch.Tensor | None
@@ -176,8 +207,10 @@ class ClocMllmModel(LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image is None and (pixel_values is not None or (first and self._runs_every_part())):
+            if pixel_values is None:
+                pixel_values, image_sizes = self._blank_image(inputs_embeds)
             image = self.get_image_features(
-                self._blank_image(inputs_embeds) if pixel_values is None else pixel_values,
+                pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
@@ -206,9 +239,14 @@ class ClocMllmModel(LlavaModel):
             self._ground(result, input_ids, image, is_dummy, ground_image_index, ground_queries)
         return result
 
-    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
+    def _blank_image(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``pixel_values`` and ``image_sizes`` of a picture of nothing."""
         vision = self.config.vision_config
-        return like.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        side, channels = vision.image_size, getattr(vision, "num_channels", 3)
+        if self.image_newline is None:
+            return like.new_zeros(1, channels, side, side), None
+        tiles = ImageTokens.of(self.config).num_tiles(side, side)
+        return like.new_zeros(tiles, channels, side, side), torch.tensor([[side, side]])
 
     def placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -314,8 +352,8 @@ class ClocMllmModel(LlavaModel):
                 if a ``<ground>`` has no image.
         """
         if given is None:
-            per_image = 0 if image is None else len(image.pooler_output[0])
-            given = image_before(input_ids == self.config.image_token_index, per_image)[at]
+            counts = [] if image is None else [len(features) for features in image.pooler_output]
+            given = image_before(input_ids == self.config.image_token_index, counts)[at]
         index = given.to(input_ids.device)
         count, images = int(at.sum()), 0 if image is None else len(image.last_hidden_state)
         for name, values in (("ground_image_index", index), ("ground_queries", queries)):
@@ -341,7 +379,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
     Inputs of :meth:`forward`, beside those of every language model:
 
     * ``input_ids`` ``(B, T)``, with one ``<image>`` for each visual token and one ``<region>`` for each region;
-    * ``pixel_values`` ``(I, 3, H, W)``, the batch's images in the order of their placeholders;
+    * ``pixel_values`` ``(I, 3, H, W)``, the batch's images in the order of their placeholders; with ``anyres`` one row
+      a tile, the overview before the others, and ``image_sizes`` ``(I, 2)``, height and width of the originals;
     * ``region_boxes`` ``(R, 4)`` float32 xyxy, normalised, model frame, in the order of their placeholders, and
       ``region_image_index`` ``(R,)``, the image of each, which may be left out if there is one image;
     * ``labels`` ``(B, T)``, -100 where nothing is learnt; ``<ground>`` is learnt as any other token;
@@ -377,6 +416,9 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         vision_feature_layer: int | list[int] = -2,
         vision_feature_select_strategy: str | None = None,
         projector_hidden_act: str = "gelu",
+        projector_type: str = "mlp2x_gelu",
+        pixel_shuffle_factor: int = 2,
+        image_grid_pinpoints: list[list[int]] | None = None,
         prompter_config: ClocPrompterConfig | None = None,
         grounding_config: ClocPrompterConfig | None = None,
         grounding_init: str = "encoder",
@@ -396,7 +438,10 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
                 and the head always read the last.
             vision_feature_select_strategy: ``default`` drops the class token, ``full`` keeps every token; ``None``:
                 the patches, whether the tower has a class token or not.
-            projector_hidden_act: Activation of LLaVA's projector.
+            projector_hidden_act: Activation of the projector.
+            projector_type: ``mlp2x_gelu`` (LLaVA's), ``linear`` or ``pixel_shuffle``; see :class:`ClocMllmConfig`.
+            pixel_shuffle_factor: Patches along each side of what ``pixel_shuffle`` makes one token of.
+            image_grid_pinpoints: The processor's ``image_processor.image_grid_pinpoints``, for ``anyres``.
             prompter_config: The region encoder, where the encoder has none of that kind.
             grounding_config: The head's Prompter and BoxHead, where they should differ from the encoder's.
             grounding_init: ``encoder``: the head starts from the encoder's Prompter and BoxHead if it has them and
@@ -420,6 +465,9 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             projector_hidden_act=projector_hidden_act,
+            projector_type=projector_type,
+            pixel_shuffle_factor=pixel_shuffle_factor,
+            image_grid_pinpoints=image_grid_pinpoints,
             prompter_config=prompter_config,
             grounding_config=grounding_config,
             grounding_init=grounding_init,

@@ -15,7 +15,8 @@ class ClocMllmImageOutput(BaseModelOutputWithPooling):
     """What encoding the images, and the regions on them, gives.
 
     ``last_hidden_state`` ``(I, N, width)`` are the tower's tokens and ``pooler_output`` a list of ``(n, hidden_size)``
-    projected features, one entry an image, as LLaVA's.
+    projected features, one entry an image, as LLaVA's. Where images are cut into tiles, ``last_hidden_state`` is of
+    their overviews alone, n differs between images, and ``hidden_states`` and ``attentions`` have a row for each tile.
 
     Attributes:
         region_features: ``(R, hidden_size)`` of the regions, in their order; ``None`` without regions.

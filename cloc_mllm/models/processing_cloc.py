@@ -34,6 +34,8 @@ class ClocProcessor(ProcessorMixin):
         fixed_length: bool = False,
         **kwargs: Any,
     ) -> None:
+        if getattr(image_processor, "image_grid_pinpoints", None) is not None:
+            raise ValueError("the encoder takes one square an image: resize_mode 'anyres' is for the MLLM")
         self.max_length = max_length
         self.fixed_length = fixed_length
         self.lower_case = lower_case

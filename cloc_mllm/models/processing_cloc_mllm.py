@@ -30,6 +30,7 @@ from .conversation_cloc_mllm import (
     image_items,
     picture_of,
 )
+from .image_tokens import ImageTokens
 from .outputs_cloc_mllm import ClocGroundedOutput
 
 logger = logging.get_logger(__name__)
@@ -49,6 +50,8 @@ class ClocMllmProcessor(LlavaProcessor):
         region_format: How a user's region is written: ``token`` (``<region>``), ``coords``, or ``both``.
         grounding: As in the model: an assistant's box is ``<ground>`` (``head``) or coordinates (``text``).
         box_mode: How coordinates are written; see :class:`.boxes.BoxCodec`.
+        projector_type: As in the model: it decides how many tokens an image takes.
+        pixel_shuffle_factor: As in the model.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class ClocMllmProcessor(LlavaProcessor):
         region_format: str = "token",
         grounding: str = "head",
         box_mode: str = "norm1000",
+        projector_type: str = "mlp2x_gelu",
+        pixel_shuffle_factor: int = 2,
         **kwargs: Any,
     ) -> None:
         for name, value, known in (
@@ -73,6 +78,7 @@ class ClocMllmProcessor(LlavaProcessor):
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
         self.region_format, self.grounding, self.box_mode = region_format, grounding, box_mode
         self.codec = BoxCodec(box_mode)
+        self.projector_type, self.pixel_shuffle_factor = projector_type, pixel_shuffle_factor
         super().__init__(
             image_processor,
             tokenizer,
@@ -87,6 +93,7 @@ class ClocMllmProcessor(LlavaProcessor):
         missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}: use ClocMllmProcessor.from_parts")
+        _ = self.image_layout  # a projector that does not fit is refused now, not with the first image
         self.region_token_id, self.ground_token_id = vocabulary["<region>"], vocabulary["<ground>"]
 
     @classmethod
@@ -102,6 +109,10 @@ class ClocMllmProcessor(LlavaProcessor):
         box_mode: str = "norm1000",
         chat_style_name: str = "auto",
         chat_template: str | None = None,
+        projector_type: str = "mlp2x_gelu",
+        pixel_shuffle_factor: int = 2,
+        image_mode: str | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
     ) -> ClocMllmProcessor:
         """Make the processor of an MLLM.
 
@@ -116,15 +127,25 @@ class ClocMllmProcessor(LlavaProcessor):
             box_mode: How coordinates are written.
             chat_style_name: ``auto``, ``chatml``, ``llama3`` or ``plain``; see :mod:`.chat_template`.
             chat_template: A Jinja template of your own. The tokenizer's end-of-sequence token must be what ends a turn.
+            projector_type: As in the model.
+            pixel_shuffle_factor: As in the model.
+            image_mode: ``pad``, ``resize`` or ``anyres``; ``None``: as the encoder's. With ``anyres`` the model is
+                given this processor's ``image_processor.image_grid_pinpoints``.
+            image_grid_pinpoints: Resolutions of ``anyres``; ``None``: LLaVA-NeXT's for the tower's size.
 
         Raises:
-            ValueError: If the images do not come in the size the tower takes, or a name is unknown.
+            ValueError: If the images do not come in the size the tower takes, a name is unknown, or the projector does
+                not fit the tower's patches.
         """
         if image_processor.size != vision_config.image_size:
             raise ValueError(
                 f"the image processor makes images of {image_processor.size} pixels, the tower takes "
                 f"{vision_config.image_size}"
             )
+        if image_mode is not None:
+            image_processor = image_processor.in_mode(image_mode, image_grid_pinpoints)
+        elif image_grid_pinpoints is not None:
+            raise ValueError("image_grid_pinpoints are for image_mode 'anyres'")
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens(list(CONTROL_TOKENS), special_tokens=True)
         if chat_template is None:
@@ -142,20 +163,46 @@ class ClocMllmProcessor(LlavaProcessor):
             region_format=region_format,
             grounding=grounding,
             box_mode=box_mode,
+            projector_type=projector_type,
+            pixel_shuffle_factor=pixel_shuffle_factor,
+        )
+
+    @property
+    def image_layout(self) -> ImageTokens:
+        """How images become tokens; the model's ``ImageTokens.of(config)`` is the same."""
+        return ImageTokens.plan(
+            self.image_processor.size,
+            self.patch_size,
+            self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default"),
+            self.projector_type,
+            self.pixel_shuffle_factor,
+            self.image_processor.image_grid_pinpoints,
         )
 
     @property
     def num_image_tokens(self) -> int:
-        """How many ``<image>`` placeholders one image takes."""
-        patches = (self.image_processor.size // self.patch_size) ** 2
-        return patches + self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
+        """How many ``<image>`` placeholders an image takes that is not cut into tiles."""
+        return self.image_layout.per_tile
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """How many ``<image>`` placeholders an image of ``width`` x ``height`` original pixels takes."""
+        return self.image_layout.count(height, width)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """What inference servers ask: the same number for every image."""
+        """What inference servers ask: placeholders and rows of ``pixel_values`` of images of some (height, width)."""
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        layout = self.image_layout
+        return MultiModalData(
+            num_image_tokens=[layout.count(height, width) for height, width in image_sizes],
+            num_image_patches=[layout.num_tiles(height, width) for height, width in image_sizes],
+        )
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one image, for transformers' own way through a processor: ``processor(images, text)``."""
+        sizes = image_inputs.get("image_sizes")
+        count = self.num_image_tokens if sizes is None else self.image_layout.count(*map(int, sizes[image_idx]))
+        return self.image_token * count
 
     @property
     def _reader(self) -> ConversationReader:
@@ -196,7 +243,8 @@ class ClocMllmProcessor(LlavaProcessor):
         Returns:
             ``input_ids`` and ``attention_mask`` ``(B, T)``, and what there is of:
 
-            * ``pixel_values`` ``(I, 3, H, W)``;
+            * ``pixel_values`` ``(I, 3, H, W)``; with ``anyres`` one row a tile, and ``image_sizes`` ``(I, 2)``, height
+              and width of the originals;
             * ``region_boxes`` ``(R, 4)`` float32 xyxy, normalised, model frame, and ``region_image_index`` ``(R,)``;
             * ``ground_image_index`` ``(G,)``, the image of each ``<ground>``;
             * ``labels`` ``(B, T)``, -100 outside of what the assistant says; and ``ground_boxes`` ``(G, 4)`` and
@@ -278,8 +326,9 @@ class ClocMllmProcessor(LlavaProcessor):
                 )
         ids: list[int] = []
         labels: list[int] = []
+        counts = iter([self.image_tokens(*size) for size in conversation.sizes])
         for token, label in zip(short_ids, short_labels, strict=True):
-            count = self.num_image_tokens if token == self.image_token_id else 1
+            count = next(counts) if token == self.image_token_id else 1
             ids += [token] * count
             labels += [label] * count
         return ids, labels
@@ -315,7 +364,7 @@ class ClocMllmProcessor(LlavaProcessor):
 
         data: dict[str, Any] = {}
         if pictures:
-            data["pixel_values"] = self.image_processor(pictures)["pixel_values"]
+            data |= self.image_processor(pictures)
         boxes, index, regions = flat("regions")
         if regions:
             data |= {"region_boxes": boxes, "region_image_index": index}

@@ -9,7 +9,7 @@ comes out is where alignment starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ def assemble_mllm(
     box_mode: str = "norm1000",
     chat_style: str = "auto",
     vision_feature_layer: int | list[int] = -2,
+    projector_type: str = "mlp2x_gelu",
+    pixel_shuffle_factor: int = 2,
+    image_mode: str | None = None,
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
     prompter: dict[str, Any] | None = None,
     grounding_init: str = "encoder",
     seed: int = 0,
@@ -54,6 +58,10 @@ def assemble_mllm(
         box_mode: How coordinates are written; see :class:`cloc_mllm.models.boxes.BoxCodec`.
         chat_style: Which markers are around turns; see :mod:`cloc_mllm.models.chat_template`.
         vision_feature_layer: Layer(s) of the tower the language model sees.
+        projector_type: ``mlp2x_gelu``, ``linear`` or ``pixel_shuffle``.
+        pixel_shuffle_factor: Patches along each side that ``pixel_shuffle`` makes one token of.
+        image_mode: ``pad``, ``resize`` or ``anyres``; default the encoder's.
+        image_grid_pinpoints: Resolutions ``[height, width]`` of ``anyres``; default LLaVA-NeXT's for the tower's size.
         prompter: Fields of the grounding head's own Prompter, where it should differ from the encoder's.
         grounding_init: ``encoder`` or ``new``: what the head starts from.
         seed: Of the new weights.
@@ -78,6 +86,10 @@ def assemble_mllm(
             grounding=grounding,
             box_mode=box_mode,
             chat_style_name=chat_style,
+            projector_type=projector_type,
+            pixel_shuffle_factor=pixel_shuffle_factor,
+            image_mode=image_mode,
+            image_grid_pinpoints=None if image_grid_pinpoints is None else [list(one) for one in image_grid_pinpoints],
         )
         torch.manual_seed(seed)
         language_model = llm(processor.tokenizer) if callable(llm) else load_language_model(llm)
@@ -88,6 +100,9 @@ def assemble_mllm(
             region_encoder=region_encoder,
             grounding=grounding,
             vision_feature_layer=vision_feature_layer,
+            projector_type=projector_type,
+            pixel_shuffle_factor=pixel_shuffle_factor,
+            image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
             grounding_config=own_head,
             grounding_init=grounding_init,
         )

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -25,9 +27,11 @@ from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.assembly_cloc_mllm import EncoderParts, prompter_like
-from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
+from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig, feature_strategy
+from cloc_mllm.models.image_tokens import checked_pinpoints, default_pinpoints
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
+from cloc_mllm.models.projectors import set_image_grid
 from cloc_mllm.training import launch
 from cloc_mllm.training.assembly import assemble_mllm, head_config, load_tokenizer
 from cloc_mllm.training.config import AlignConfig, InstructConfig
@@ -52,7 +56,11 @@ def build_mllm(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCond
         ClocError: A part is missing, incomplete or unfit.
     """
     kind, _, path = config.model.init.partition(":")
-    model, processor = load_mllm(path) if kind == "mllm" else _from_parts(config, world)
+    if kind == "mllm":
+        model, processor = load_mllm(path)
+        _set_image_mode(config, model, processor)
+    else:
+        model, processor = _from_parts(config, world)
     if config.model.blind:
         blind(model, tower_mode=config.parts.vision_tower.mode)
     return model.train(), processor
@@ -65,28 +73,75 @@ def mllm_skeleton(config: TuneConfig) -> ClocMllmForConditionalGeneration:
         config: The preset.
 
     Raises:
-        ClocError: The configuration of a part is not there.
+        ClocError: The configuration of a part is not there, or the parts do not go together.
     """
     options = config.model
     kind, _, path = options.init.partition(":")
     if kind == "mllm":
         require_model_type(path, "cloc_mllm")
-        return ClocMllmForConditionalGeneration(ClocMllmConfig.from_pretrained(path))
+        finished = ClocMllmConfig.from_pretrained(path)
+        if options.image_mode is not None:
+            finished.image_grid_pinpoints = _grid_pinpoints(options, finished.vision_config.image_size)
+        return ClocMllmForConditionalGeneration(finished)
     assert options.encoder is not None  # `MllmModelOptions` has checked it
     encoder = EncoderParts.planned(tower_plan(options.encoder))
     own = options.grounding_head
     head = prompter_like(encoder, "prompter") if own is None else head_config(encoder, own.model_dump())
     reader = options.region_encoder
-    return ClocMllmForConditionalGeneration(
-        ClocMllmConfig(
+    text = _language_config(options, vocabulary=config.tokenizer.vocab_size)
+    try:
+        planned = ClocMllmConfig(
             vision_config=encoder.vision_config,
-            text_config=_language_config(options, vocabulary=config.tokenizer.vocab_size),
+            text_config=text,
+            lm_head_bias=AutoModelForCausalLM.from_config(text).get_output_embeddings().bias is not None,
             region_encoder=reader,
             prompter_config=None if reader == "none" else prompter_like(encoder, reader),
             grounding=options.grounding,
             grounding_config=head if options.grounding == "head" else None,
+            vision_feature_layer=options.vision_layer,
+            vision_feature_select_strategy=feature_strategy(encoder.vision_config, None),
+            projector_type=options.projector,
+            pixel_shuffle_factor=options.pixel_shuffle_factor,
+            image_grid_pinpoints=_grid_pinpoints(options, encoder.vision_config.image_size),
         )
-    )
+    except StrictDataclassClassValidationError as error:
+        raise ClocError(f"encoder and LLM do not go together: {error.__cause__}", file=options.encoder) from error
+    return ClocMllmForConditionalGeneration(planned)
+
+
+def _grid_pinpoints(options: MllmModelOptions, size: int) -> list[list[int]] | None:
+    """Return the resolutions that images are cut into tiles of `size` pixels at, or ``None``.
+
+    Raises:
+        ClocError: Tiles of that size do not fill one that the preset names.
+    """
+    if options.image_mode != "anyres":
+        return None
+    if options.grid_pinpoints is None:
+        return default_pinpoints(size)
+    try:
+        return checked_pinpoints(options.grid_pinpoints, size)
+    except ValueError as error:
+        raise ClocError(f"'model.grid_pinpoints': {error}") from error
+
+
+def _set_image_mode(config: TuneConfig, model: ClocMllmForConditionalGeneration, processor: ClocMllmProcessor) -> None:
+    """Show images to a finished MLLM as the preset says: LLaVA-NeXT is tuned on tiles, but aligned without.
+
+    Raises:
+        ClocError: The tower's images cannot be cut into the tiles asked for.
+    """
+    options = config.model
+    if options.image_mode is None:
+        return
+    images = processor.image_processor
+    pinpoints = _grid_pinpoints(options, images.size)
+    torch.manual_seed(config.run.seed)
+    try:
+        processor.image_processor = images.in_mode(options.image_mode, pinpoints)
+        set_image_grid(model.model, processor.image_processor.image_grid_pinpoints)
+    except ValueError as error:
+        raise ClocError(f"'model.image_mode: {options.image_mode}' does not fit this model: {error}") from error
 
 
 def load_mllm(path: str | Path) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
@@ -153,6 +208,10 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
         box_mode=options.box_format,
         chat_style=options.chat_style,
         vision_feature_layer=options.vision_layer,
+        projector_type=options.projector,
+        pixel_shuffle_factor=options.pixel_shuffle_factor,
+        image_mode=options.image_mode,
+        image_grid_pinpoints=options.grid_pinpoints,
         prompter=None if options.grounding_head is None else options.grounding_head.model_dump(),
         grounding_init=options.grounding_init,
         seed=config.run.seed,
@@ -283,7 +342,7 @@ def first_sample_report(processor: ClocMllmProcessor, item: Mapping[str, Any], m
         item: An item of the dataset.
         most: Characters shown.
     """
-    batch = processor.encode([item["messages"]], return_labels=True)
+    batch = processor.encode([item["messages"]], return_labels=True, return_original_sizes=True)
     ids: Sequence[int] = batch["input_ids"][0].tolist()
     learnt = [label != -100 for label in batch["labels"][0].tolist()]
     text, start = "", 0
@@ -292,6 +351,10 @@ def first_sample_report(processor: ClocMllmProcessor, item: Mapping[str, Any], m
             piece = processor.tokenizer.decode(ids[start:end])
             text += f"⟦{piece}⟧" if learnt[start] else piece
             start = end
-    image = "<image>" * processor.num_image_tokens
-    text = text.replace(image, f"<image> x {processor.num_image_tokens} ")
+    start = 0
+    for size in batch["original_sizes"][0]:
+        count = processor.image_tokens(*size)
+        at, short = text.index("<image>" * count, start), f"<image> x {count} "
+        text = text[:at] + short + text[at + len("<image>") * count :]
+        start = at + len(short)
     return text if len(text) <= most else text[:most] + " …"

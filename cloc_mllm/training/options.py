@@ -321,10 +321,23 @@ class MllmModelOptions(Block):
     )
     llm: str = option("scratch", "parts: scratch, or a folder or hub name of a causal LM")
     scratch_llm: ScratchLlmOptions = block(ScratchLlmOptions, "size of `llm: scratch`")
-    chat_style: str = option(
-        "auto", "markers around turns: auto, chatml, llama3, gemma, phi3, phi4, mistral, vicuna, plain"
+    chat_style: Literal["auto", "chatml", "phi4", "llama3", "gemma", "phi3", "mistral", "vicuna", "plain"] = option(
+        "auto", "the markers around turns; auto: those the LLM's tokenizer has"
     )
-    vision_layer: int = option(-2, "layer of the tower whose patches the LLM sees (LLaVA: the last but one)")
+    vision_layer: int | list[int] = option(
+        -2, "layer of the tower whose patches the LLM sees (LLaVA: the last but one); of a list, all side by side"
+    )
+    image_mode: Literal["pad", "resize", "anyres"] | None = option(
+        None,
+        "pad, resize: one square an image; anyres: also tiles of it, as LLaVA-NeXT; null: as what it starts from",
+    )
+    grid_pinpoints: list[tuple[Positive, Positive]] | None = option(
+        None, "anyres: [height, width] in pixels to choose from, multiples of the tower's size; null: LLaVA-NeXT's five"
+    )
+    projector: Literal["linear", "mlp2x_gelu", "pixel_shuffle"] = option(
+        "mlp2x_gelu", "parts: one layer, LLaVA-1.5's two, or two behind a reduction of tokens"
+    )
+    pixel_shuffle_factor: Positive = option(2, "pixel_shuffle: patches along each side that become one token")
     region_encoder: Literal["none", "prompter", "roi_align"] = option("prompter", "how a <region> is read")
     region_format: Literal["token", "coords", "both"] = option("both", "how a user's region is written")
     grounding: Literal["text", "head"] = option("head", "boxes out: as text, or by <ground> and a head")
@@ -344,6 +357,12 @@ class MllmModelOptions(Block):
         if value != "parts" and (kind != "mllm" or not path):
             raise ValueError(f"'{value}' is not one of parts, mllm:PATH")
         return value
+
+    @model_validator(mode="after")
+    def _resolutions_are_for_tiles(self) -> MllmModelOptions:
+        if self.grid_pinpoints is not None and self.image_mode != "anyres":
+            raise ValueError("'grid_pinpoints' are for 'image_mode: anyres'")
+        return self
 
     @model_validator(mode="after")
     def _needs_encoder(self) -> MllmModelOptions:

@@ -33,7 +33,7 @@ ENCODER_PARTS: PartTable = {
 TEMPERATURES = ("temperature", "region_temperature")
 MLLM_PARTS: PartTable = {
     "vision_tower": ("model.vision_tower",),
-    "projector": ("model.multi_modal_projector",),
+    "projector": ("model.multi_modal_projector", "model.image_newline"),
     "prompter": ("model.prompter",),
     "region_projector": ("model.region_projector",),
     "grounding_head": ("model.grounding_head",),

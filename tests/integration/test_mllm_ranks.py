@@ -6,6 +6,7 @@ in the same order through the same code this hangs or aborts under ZeRO-3, and i
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import deepspeed
@@ -22,7 +23,7 @@ ALL = [user(image(1), text("what is "), region(3, 4, 20, 25), text("?")), assist
 KINDS: dict[str, Any] = {
     "all": [*ALL, grounding_turn()],
     "text only": [user("how many crosses?"), assistant("two")],
-    "image only": [user(image(2), text("what?")), assistant("a ring")],
+    "image only": [user(image(2, 90, 33), text("what?")), assistant("a ring")],
     "no region": [user(image(3), text("where?")), grounding_turn()],
     "no ground": ALL[:2],
 }
@@ -30,9 +31,9 @@ STEPS = [("all", "text only"), ("text only", "image only"), ("no region", "no gr
 LEARNING_RATE = 0.05
 
 
-def built() -> tuple[Any, dict[str, Any]]:
+def built(image_mode: str) -> tuple[Any, dict[str, Any]]:
     """The same model and batches on every rank; every part learns."""
-    model, processor = tiny_mllm(region_encoder="prompter")
+    model, processor = tiny_mllm(region_encoder="prompter", image_mode=image_mode)
     batches = {name: model_inputs(processor.encode(turns, return_labels=True)) for name, turns in KINDS.items()}
     for batch in batches.values():
         batch["ground_queries"] = torch.linspace(-1, 1, 24).repeat(len(batch["ground_image_index"]), 1)
@@ -45,8 +46,9 @@ def loss_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return output.loss + boxes + output.ground_embeds[:, 0].sum()
 
 
-def trained_alone() -> dict[str, torch.Tensor]:
-    model, batches = built()
+@functools.cache
+def trained_alone(image_mode: str) -> dict[str, torch.Tensor]:
+    model, batches = built(image_mode)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     for names in STEPS:
         optimizer.zero_grad()
@@ -55,10 +57,10 @@ def trained_alone() -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def trained_by_deepspeed(rank: int, stage: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+def trained_by_deepspeed(rank: int, stage: int, image_mode: str) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights after the steps, and losses of an evaluation in which the ranks' batches differ again."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model, batches = built()
+    model, batches = built(image_mode)
     zero = {
         "stage": stage,
         "overlap_comm": False,
@@ -87,19 +89,17 @@ def trained_by_deepspeed(rank: int, stage: int) -> tuple[dict[str, torch.Tensor]
         return {name: p.detach().clone() for name, p in parameters.items()}, evaluated
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, torch.Tensor]:
-    return trained_alone()
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_unlike_ranks_train_as_one_process_on_both_batches(alone: dict[str, torch.Tensor], stage: int) -> None:
-    results = run_ranks(trained_by_deepspeed, 2, stage, timeout=240, env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"})
-    start = dict(built()[0].named_parameters())
+@pytest.mark.parametrize(("stage", "image_mode"), [(2, "pad"), (3, "pad"), (3, "anyres")])
+def test_unlike_ranks_train_as_one_process_on_both_batches(stage: int, image_mode: str) -> None:
+    detail = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    results = run_ranks(trained_by_deepspeed, 2, stage, image_mode, timeout=240, env=detail)
+    alone = trained_alone(image_mode)
+    start = dict(built(image_mode)[0].named_parameters())
     moved = [name for name, value in alone.items() if not torch.equal(value, start[name])]
     assert any("grounding_head" in name for name in moved)
     assert any("region_projector" in name for name in moved)
     assert any("vision_tower" in name for name in moved)
+    assert any("image_newline" in name for name in moved) == (image_mode == "anyres")
     for weights, evaluated in results:
         for name, value in alone.items():
             torch.testing.assert_close(weights[name], value, atol=2e-6, rtol=1e-4, msg=f"{name} at stage {stage}")

@@ -36,6 +36,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--chat-style", default="auto", metavar="STYLE", help="markers around turns (default: found)")
     parser.add_argument("--vision-layer", type=int, default=-2, help="layer of the tower the LLM sees (default: -2)")
+    parser.add_argument(
+        "--projector", default="mlp2x_gelu", choices=("mlp2x_gelu", "linear", "pixel_shuffle"), help="tower to LLM"
+    )
+    parser.add_argument(
+        "--image-mode", choices=("pad", "resize", "anyres"), help="how images are shown (default: as the encoder's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
     parser.set_defaults(run=run)
 
@@ -58,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         box_mode=args.box_mode,
         chat_style=args.chat_style,
         vision_feature_layer=args.vision_layer,
+        projector_type=args.projector,
+        image_mode=args.image_mode,
         seed=args.seed,
     )
     model.save_pretrained(str(folder))

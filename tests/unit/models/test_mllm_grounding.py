@@ -106,10 +106,13 @@ def test_the_image_is_by_default_the_one_shown_last(mllm: tuple[Any, Any]) -> No
     assert given.tolist() == [0, 1, 2, 3]
     assert output.ground_image_index.tolist() == [0, 2, 2, 3]
     row = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0]]).bool()
-    assert image_before(row, 2).tolist()[0] == [-1, -1, 0, 0, 0, 1, 1]
-    assert image_before(row, 2)[1].tolist() == [-1] * 7
-    assert image_before(row, 2)[2, 3:].tolist() == [2] * 4
-    assert image_before(torch.zeros(1, 3, dtype=torch.bool), 0).tolist() == [[-1, -1, -1]]
+    assert image_before(row, [2, 2, 2]).tolist()[0] == [-1, -1, 0, 0, 0, 1, 1]
+    assert image_before(row, [2, 2, 2])[1].tolist() == [-1] * 7
+    assert image_before(row, [2, 2, 2])[2, 3:].tolist() == [2] * 4
+    unlike = image_before(row, [1, 3, 2])
+    assert unlike[0].tolist() == [-1, 0, 0, 0, 0, 1, 1]
+    assert unlike[2, 3:].tolist() == [2] * 4
+    assert image_before(torch.zeros(1, 3, dtype=torch.bool), []).tolist() == [[-1, -1, -1]]
 
 
 def test_ground_without_an_image_has_no_box(mllm: tuple[Any, Any]) -> None:
