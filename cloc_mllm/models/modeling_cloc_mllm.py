@@ -146,11 +146,9 @@ class ClocMllmModel(LlavaModel):
         features = torch.stack(output.pooler_output)
         newline = self.image_newline(features)
         tiles = [layout.num_tiles(*size) for size in sizes]
-        packed = [pack_tiles(f, layout, *size, newline) for f, size in zip(features.split(tiles), sizes, strict=True)]
-        if self._runs_every_part():
-            # An image may be so long and thin that no row of tiles is left of it.
-            packed[0] = packed[0] + 0.0 * newline.sum()
-        output.pooler_output = packed
+        each = zip(features.split(tiles), sizes, strict=True)
+        # The newline is in each, if only with no rows: so it takes part in the backward pass on every rank.
+        output.pooler_output = [pack_tiles(tiles_of, layout, *size, newline) for tiles_of, size in each]
         firsts = [end - count for end, count in zip(accumulate(tiles), tiles, strict=True)]
         output.last_hidden_state = output.last_hidden_state[firsts]
 
