@@ -81,6 +81,7 @@ def tiny_mllm(
         region_format=region_format,
         grounding=grounding,
         vision_feature_select_strategy=options.get("vision_feature_select_strategy", "default"),
+        num_region_tokens=options.get("num_region_tokens", 1),
     )
     torch.manual_seed(seed)
     model = ClocMllmForConditionalGeneration.from_parts(
@@ -132,7 +133,7 @@ def model_inputs(batch: Any) -> dict[str, Any]:
 def stock_llava(model: ClocMllmForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Transformers' own LLaVA with the weights that it has a place for: the oracle for everything but regions."""
     ours = {"region_encoder", "prompter_config", "grounding", "grounding_config", "region_token_index"}
-    ours |= {"ground_token_index", "model_type", "auto_map", "architectures"}
+    ours |= {"ground_token_index", "model_type", "auto_map", "architectures", "num_region_tokens", "boxes_per_phrase"}
     config = LlavaConfig(**{name: value for name, value in model.config.to_dict().items() if name not in ours})
     stock = LlavaForConditionalGeneration(config).eval()
     extra = ("model.prompter.", "model.region_projector.", "model.grounding_head.")

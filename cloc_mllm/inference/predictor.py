@@ -42,6 +42,7 @@ class Predictor:
         for what, of_model, of_processor in (
             ("grounding", config.grounding, processor.grounding),
             ("tokens an image", config.image_seq_length, processor.num_image_tokens),
+            ("tokens a region", config.num_region_tokens, processor.num_region_tokens),
             ("id of <image>", config.image_token_index, processor.image_token_id),
             ("id of <region>", config.region_token_index, processor.region_token_id),
             ("id of <ground>", config.ground_token_index, processor.ground_token_id),

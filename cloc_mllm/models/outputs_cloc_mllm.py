@@ -18,7 +18,8 @@ class ClocMllmImageOutput(BaseModelOutputWithPooling):
     projected features, one entry an image, as LLaVA's.
 
     Attributes:
-        region_features: ``(R, hidden_size)`` of the regions, in their order; ``None`` without regions.
+        region_features: ``(R * num_region_tokens, hidden_size)`` of the regions, in their order, those of one region
+            behind each other; ``None`` without regions.
     """
 
     region_features: torch.Tensor | None = None

@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
-from .answer_text import AnswerText, read_answer
+from .answer_text import AnswerText, absent_phrases, read_answer
 from .boxes import BoxCodec
 from .chat_template import IGNORED, build_chat_template, chat_style, fence, render_chat, tokenize_chat, unfence
 from .configuration_cloc import has_class_token
-from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, feature_strategy
+from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, check_region_tokens, feature_strategy
 from .conversation_cloc_mllm import (
     REGION_FORMATS,
     Conversation,
@@ -28,6 +29,7 @@ from .conversation_cloc_mllm import (
     ConversationReader,
     Prompt,
     image_items,
+    in_reading_order,
     picture_of,
 )
 from .outputs_cloc_mllm import ClocGroundedOutput
@@ -49,6 +51,7 @@ class ClocMllmProcessor(LlavaProcessor):
         region_format: How a user's region is written: ``token`` (``<region>``), ``coords``, or ``both``.
         grounding: As in the model: an assistant's box is ``<ground>`` (``head``) or coordinates (``text``).
         box_mode: How coordinates are written; see :class:`.boxes.BoxCodec`.
+        num_region_tokens: As in the model: how many ``<region>`` placeholders a region takes.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ClocMllmProcessor(LlavaProcessor):
         region_format: str = "token",
         grounding: str = "head",
         box_mode: str = "norm1000",
+        num_region_tokens: int = 1,
         **kwargs: Any,
     ) -> None:
         for name, value, known in (
@@ -71,7 +75,9 @@ class ClocMllmProcessor(LlavaProcessor):
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        check_region_tokens(num_region_tokens)
         self.region_format, self.grounding, self.box_mode = region_format, grounding, box_mode
+        self.num_region_tokens = num_region_tokens
         self.codec = BoxCodec(box_mode)
         super().__init__(
             image_processor,
@@ -102,6 +108,7 @@ class ClocMllmProcessor(LlavaProcessor):
         box_mode: str = "norm1000",
         chat_style_name: str = "auto",
         chat_template: str | None = None,
+        num_region_tokens: int = 1,
     ) -> ClocMllmProcessor:
         """Make the processor of an MLLM.
 
@@ -116,6 +123,7 @@ class ClocMllmProcessor(LlavaProcessor):
             box_mode: How coordinates are written.
             chat_style_name: ``auto``, ``chatml``, ``llama3`` or ``plain``; see :mod:`.chat_template`.
             chat_template: A Jinja template of your own. The tokenizer's end-of-sequence token must be what ends a turn.
+            num_region_tokens: As in the model.
 
         Raises:
             ValueError: If the images do not come in the size the tower takes, or a name is unknown.
@@ -142,6 +150,7 @@ class ClocMllmProcessor(LlavaProcessor):
             region_format=region_format,
             grounding=grounding,
             box_mode=box_mode,
+            num_region_tokens=num_region_tokens,
         )
 
     @property
@@ -198,6 +207,8 @@ class ClocMllmProcessor(LlavaProcessor):
 
             * ``pixel_values`` ``(I, 3, H, W)``;
             * ``region_boxes`` ``(R, 4)`` float32 xyxy, normalised, model frame, and ``region_image_index`` ``(R,)``;
+            * ``region_points`` ``(R, P, 2)`` float32, the same frame, if any region is a mask or a scribble: points on
+              it, NaN where there are fewer;
             * ``ground_image_index`` ``(G,)``, the image of each ``<ground>``;
             * ``labels`` ``(B, T)``, -100 outside of what the assistant says; and ``ground_boxes`` ``(G, 4)`` and
               ``ground_phrases``, a list of G texts, with a grounding head: only with ``return_labels``;
@@ -214,6 +225,8 @@ class ClocMllmProcessor(LlavaProcessor):
         for number, messages in enumerate(batch):
             try:
                 filled = self._reader.fill(messages, None if images is None else images[number])
+                if return_labels:
+                    filled = in_reading_order(filled)
                 template = chat_template or self.chat_template
                 read.append(self._fit(filled, template, add_generation_prompt, return_labels, max_length))
             except ValueError as error:
@@ -280,6 +293,7 @@ class ClocMllmProcessor(LlavaProcessor):
         labels: list[int] = []
         for token, label in zip(short_ids, short_labels, strict=True):
             count = self.num_image_tokens if token == self.image_token_id else 1
+            count = self.num_region_tokens if token == self.region_token_id else count
             ids += [token] * count
             labels += [label] * count
         return ids, labels
@@ -319,6 +333,9 @@ class ClocMllmProcessor(LlavaProcessor):
         boxes, index, regions = flat("regions")
         if regions:
             data |= {"region_boxes": boxes, "region_image_index": index}
+            shapes = [torch.zeros(0, 2) if one.points is None else one.points for one in regions]
+            if any(len(shape) for shape in shapes):
+                data["region_points"] = pad_sequence(shapes, batch_first=True, padding_value=float("nan"))
         boxes, index, grounds = flat("grounds")
         if grounds or (for_training and self.grounding == "head"):
             data["ground_image_index"] = index
@@ -388,7 +405,7 @@ class ClocMllmProcessor(LlavaProcessor):
 
         Returns:
             For each row its text, coordinates printed as text whichever way they came; the boxes with the phrase
-            before each; and what could not be read.
+            before each; what the answer says is not there; and what could not be read.
         """
         sequences, boxes, images = generated.sequences, generated.pred_boxes, generated.ground_image_index
         if sequences is None:
@@ -429,6 +446,7 @@ class ClocMllmProcessor(LlavaProcessor):
             pixels = self.image_processor.geometry(*sizes[image]).boxes_from_model(box).tolist()
             answer.add_box(pixels, sizes[image], image, self.codec)
         answer.text = answer.text.strip()
+        answer.absent = absent_phrases(answer.text)
         return answer
 
 

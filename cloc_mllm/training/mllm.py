@@ -87,6 +87,8 @@ def mllm_skeleton(config: TuneConfig) -> ClocMllmForConditionalGeneration:
             prompter_config=None if reader == "none" else prompter_like(encoder, reader),
             grounding=options.grounding,
             grounding_config=head if options.grounding == "head" else None,
+            num_region_tokens=options.num_region_tokens,
+            boxes_per_phrase=options.boxes_per_phrase,
         )
     )
 
@@ -149,6 +151,7 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
             region_format=region_format(options),
             grounding=options.grounding,
             box_mode=options.box_format,
+            num_region_tokens=options.num_region_tokens,
         )
         torch.manual_seed(config.run.seed)
         llm = _language_model(options, processor.tokenizer, vocabulary=len(tokenizer))
@@ -161,6 +164,8 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
             vision_feature_layer=options.vision_layer,
             grounding_config=_grounding_config(options, encoder),
             grounding_init=options.grounding_init,
+            num_region_tokens=options.num_region_tokens,
+            boxes_per_phrase=options.boxes_per_phrase,
         )
     except ValueError as error:
         raise ClocError(f"encoder and LLM do not go together: {error}", file=options.encoder) from error

@@ -110,7 +110,7 @@ def test_region_text_faults(changes: dict[str, Any], message: str) -> None:
         (("messages", 2, "content"), [{"type": "text", "text": " "}], "empty text"),
         (("messages", 1, "content", 1), {"type": "video"}, "item of type 'video'"),
         (("messages", 1, "content", 1), {"type": "text", "text": "a", "txt": 1}, "unknown key 'txt'"),
-        (("messages", 1, "content", 2), {"type": "region"}, "exactly one of 'box' and 'point'"),
+        (("messages", 1, "content", 2), {"type": "region"}, "exactly one of 'box', 'point', 'mask', 'scribble'"),
         (("messages", 1, "content", 2), {"type": "region", "box": [5, 5, 1, 9]}, "x2 < x1"),
         (("messages", 1, "content", 2), {"type": "region", "box": [1, 1, 90, 9]}, "outside the image"),
         (("messages", 1, "content", 2), {"type": "region", "point": [1, 91]}, "outside the image"),
