@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import BatchFeature, LlavaProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
 from .answer_text import AnswerText, absent_phrases, read_answer
+from .box_constraint import BoxConstraint, BoxTokens
 from .boxes import BoxCodec
 from .chat_template import IGNORED, build_chat_template, chat_style, fence, render_chat, tokenize_chat, unfence
 from .configuration_cloc import has_class_token
@@ -79,6 +80,7 @@ class ClocMllmProcessor(LlavaProcessor):
         self.region_format, self.grounding, self.box_mode = region_format, grounding, box_mode
         self.num_region_tokens = num_region_tokens
         self.codec = BoxCodec(box_mode)
+        self._box_tokens: BoxTokens | None = None  # read from the vocabulary when it is first needed
         super().__init__(
             image_processor,
             tokenizer,
@@ -393,6 +395,23 @@ class ClocMllmProcessor(LlavaProcessor):
         else:
             ready = [dict(message) for message in messages]
         return unfence(render_chat(ready, template or self.chat_template, add_generation_prompt).text)
+
+    def constrain_boxes(
+        self, prompt_length: int, original_sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> LogitsProcessorList:
+        """What keeps every box that is written as text well-formed, for ``generate``'s ``logits_processor``.
+
+        Args:
+            prompt_length: Tokens of the prompt, ``input_ids.shape[1]``.
+            original_sizes: What :meth:`encode` returned under that name: boxes are on the last image of each.
+
+        Raises:
+            ValueError: If the tokenizer cannot write a box letter by letter.
+        """
+        if self._box_tokens is None:
+            self._box_tokens = BoxTokens(self.tokenizer, self.box_mode)
+        last = [sizes[-1] if sizes else None for sizes in original_sizes]
+        return LogitsProcessorList([BoxConstraint(self._box_tokens, prompt_length, last)])
 
     def post_process_grounding(
         self, generated: ClocGroundedOutput, original_sizes: Sequence[Sequence[tuple[int, int]]]
