@@ -1,7 +1,7 @@
 """Free-form regions: masks in every form they are written in, and scribbles, brought down to a box and a few points.
 
-The Prompter was trained on boxes and points, so those are what it is told of a shape: the box around it, and points
-spread over the inside. Everything here is in pixels of the original image; pixel ``(column, row)`` covers the square
+The Prompter takes boxes and points, so those are what it is told of a shape: the box around it, and points spread over
+the inside. Everything here is in pixels of the original image; pixel ``(column, row)`` covers the square
 from there to one further right and below, and its centre is half a pixel from its corner.
 """
 
@@ -62,6 +62,8 @@ def read_mask(source: Any, width: int, height: int) -> np.ndarray:
     elif isinstance(source, Image.Image):
         mask = _picture_mask(source)
     elif isinstance(source, Mapping):
+        # Before it is decoded: a few letters may stand for more pixels than there is memory.
+        _require_size(_rle_size(source), width, height)
         mask = decode_rle(source)
     elif isinstance(source, (list, tuple)):
         mask = fill_polygons(source, width, height)
@@ -71,14 +73,18 @@ def read_mask(source: Any, width: int, height: int) -> np.ndarray:
         raise ValueError(
             f"a mask is an array, a picture or the path of one, a run-length code or polygons, not {source!r}"
         )
-    if mask.shape != (height, width):
-        raise ValueError(
-            f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but its image is {width} x {height}: masks are of "
-            "the original image, after its EXIF rotation"
-        )
+    _require_size((mask.shape[0], mask.shape[1]), width, height)
     if not mask.any():
         raise ValueError("the mask is empty: it holds the centre of no pixel")
     return mask
+
+
+def _require_size(shape: tuple[int, int], width: int, height: int) -> None:
+    if shape != (height, width):
+        raise ValueError(
+            f"the mask is {shape[1]} x {shape[0]} pixels, but its image is {width} x {height}: masks are of the "
+            "original image, after its EXIF rotation"
+        )
 
 
 def _open(path: str | PathLike[str]) -> Image.Image:
@@ -87,7 +93,7 @@ def _open(path: str | PathLike[str]) -> Image.Image:
         picture.load()
     except FileNotFoundError as error:
         raise ValueError(f"mask {str(path)!r} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"mask {str(path)!r} cannot be read as a picture: {error}") from error
     return picture
 
@@ -124,11 +130,7 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     Raises:
         ValueError: If it is malformed, or the runs do not fill the mask.
     """
-    size, counts = rle.get("size"), rle.get("counts")
-    whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(v) and v > 0 for v in size)
-    if not whole or counts is None or set(rle) - {"size", "counts"}:
-        raise ValueError('a run-length code is {"size": [height, width], "counts": text or list}')
-    height, width = (int(v) for v in size)  # type: ignore[union-attr]
+    (height, width), counts = _rle_size(rle), rle["counts"]
     runs = _unpack(counts) if isinstance(counts, (str, bytes)) else list(counts)
     if not all(_is_whole(run) and run >= 0 for run in runs):
         raise ValueError("the runs of the mask are not all whole numbers of pixels")
@@ -138,6 +140,15 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
         raise ValueError(f"the runs of the mask hold {total} pixels, but its size is {width} x {height}")
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, np.asarray(runs, dtype=np.int64)).reshape(width, height).T
+
+
+def _rle_size(rle: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a run-length code, whose form is checked."""
+    size, counts = rle.get("size"), rle.get("counts")
+    right = isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(v) and v > 0 for v in size)
+    if not right or not isinstance(counts, (str, bytes, list, tuple, np.ndarray)) or set(rle) != {"size", "counts"}:
+        raise ValueError('a run-length code is {"size": [height, width], "counts": text or list}')
+    return int(rle["size"][0]), int(rle["size"][1])
 
 
 def _is_whole(value: Any) -> bool:
@@ -206,7 +217,7 @@ def _coordinates(points: Sequence[Any], width: int, height: int, what: str) -> n
     """``(N, 2)`` float64 points, checked to be finite and on the image."""
     try:
         found = np.asarray(points, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{what} is a list of [x, y] in pixels, not {points!r}") from error
     if found.ndim != 2 or found.shape[1] != 2 or not np.isfinite(found).all():
         raise ValueError(f"{what} is a list of [x, y] in pixels, not {points!r}")
