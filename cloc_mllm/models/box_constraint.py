@@ -190,7 +190,7 @@ class BoxConstraint(LogitsProcessor):
         self._verdict = lru_cache(maxsize=4096)(self._judge)
         self._seen: dict[tuple[int, ...], str] = {}
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Set the scores of all tokens that would spoil a box to minus infinity."""
         scores = scores.clone()
         seen: dict[tuple[int, ...], str] = {}

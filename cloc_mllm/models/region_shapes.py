@@ -23,7 +23,7 @@ SHAPE_POINTS = 8
 SHAPE_KINDS = ("box", "point", "mask", "scribble")
 """How a region may be given: exactly one of these keys."""
 
-_CANDIDATES = 4096
+_CANDIDATES = 1024
 _ROUNDS = 4
 
 
@@ -201,15 +201,16 @@ def fill_polygons(polygons: Sequence[Any], width: int, height: int) -> np.ndarra
         if not isinstance(polygon, (list, tuple)) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError("a polygon of a mask is a flat list of at least three x, y: [x1, y1, x2, y2, x3, y3, ...]")
         corners = _coordinates([polygon[k : k + 2] for k in range(0, len(polygon), 2)], width, height, "a polygon")
+        top, bottom = math.floor(corners[:, 1].min()), math.ceil(corners[:, 1].max())
         # A row's pixels change sides right of every edge that the row's middle line crosses.
-        flips = np.zeros((height, width + 1), dtype=np.int64)
+        changes = np.zeros((bottom - top, width + 1), dtype=bool)
         for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
             first, last = sorted((math.ceil(y1 - 0.5), math.ceil(y2 - 0.5)))
             rows = np.arange(first, last)
             if len(rows):
                 crossing = x1 + (rows + 0.5 - y1) / (y2 - y1) * (x2 - x1)
-                np.add.at(flips, (rows, np.clip(np.ceil(crossing - 0.5).astype(np.int64), 0, width)), 1)
-        mask |= (flips.cumsum(axis=1) % 2 == 1)[:, :width]
+                changes[rows - top, np.clip(np.ceil(crossing - 0.5).astype(np.int64), 0, width)] ^= True
+        mask[top:bottom] |= np.logical_xor.accumulate(changes, axis=1)[:, :width]
     return mask
 
 
@@ -290,8 +291,8 @@ def spread_points(pixels: np.ndarray, count: int) -> np.ndarray:
         distance = np.minimum(distance, np.linalg.norm(pixels - pixels[picked[-1]], axis=1))
     for _ in range(_ROUNDS):
         owner = np.linalg.norm(pixels[:, None] - pixels[picked][None], axis=2).argmin(axis=1)
-        middles = [pixels[owner == k].mean(axis=0) for k in range(count)]
-        moved = [_nearest(np.where((owner == k)[:, None], pixels, np.inf), middles[k]) for k in range(count)]
+        cells = [np.flatnonzero(owner == k) for k in range(count)]
+        moved = [int(cell[_nearest(pixels[cell], pixels[cell].mean(axis=0))]) for cell in cells]
         if moved == picked:
             break
         picked = moved
