@@ -239,3 +239,22 @@ def test_what_an_answer_says_is_not_there(said: str, phrases: list[str]) -> None
 @given(st.lists(st.sampled_from(["red", "ring", "of", "the", "small", "star"]), min_size=1, max_size=5).map(" ".join))
 def test_the_sentence_for_it_is_read_back(phrase: str) -> None:
     assert absent_phrases(absent_answer(phrase)) == [phrase]
+
+
+@pytest.mark.parametrize("known", [1, 3])
+def test_one_phrase_can_be_taught_several_boxes_by_its_embedding_alone(known: int) -> None:
+    """The text embedding is the same for all of them: a head without ordinals can only answer with their middle."""
+    model, processor = tiny_mllm(boxes_per_phrase=known)
+    batch = processor.encode([QUESTION, ANSWER], return_labels=True)
+    head, targets = model.model.grounding_head, batch["ground_boxes"][:3]
+    with torch.no_grad():
+        tokens = model.model.vision_tower(batch["pixel_values"]).last_hidden_state
+    torch.manual_seed(0)
+    phrase, optimizer = torch.randn(1, 24).expand(3, -1), torch.optim.Adam(head.parameters(), lr=5e-3)
+    for _ in range(80):
+        boxes = head(torch.zeros(3, 32), tokens, torch.zeros(3, dtype=torch.long), phrase, torch.arange(3))[2]
+        loss = (boxes - targets).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (float(loss.detach()) < 0.03) == (known > 1)
