@@ -111,6 +111,7 @@ def tiny_mllm(
         image_mode=image_mode,
         image_grid_pinpoints=image_grid_pinpoints,
         **{name: options[name] for name in ("projector_type", "pixel_shuffle_factor") if name in options},
+        num_region_tokens=options.get("num_region_tokens", 1),
     )
     torch.manual_seed(seed)
     model = ClocMllmForConditionalGeneration.from_parts(
@@ -164,7 +165,7 @@ def stock_llava(model: ClocMllmForConditionalGeneration) -> Any:
     """Transformers' own LLaVA, or LLaVA-NeXT, with the weights it has a place for: the oracle for all but regions."""
     ours = {"region_encoder", "prompter_config", "grounding", "grounding_config", "region_token_index"}
     ours |= {"ground_token_index", "lm_head_bias", "model_type", "auto_map", "architectures"}
-    ours |= {"projector_type", "pixel_shuffle_factor"}
+    ours |= {"projector_type", "pixel_shuffle_factor", "num_region_tokens", "boxes_per_phrase"}
     shared = {name: value for name, value in model.config.to_dict().items() if name not in ours}
     stock: Any
     if shared["image_grid_pinpoints"] is None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from cloc_mllm.data.dataset import open_image
-from cloc_mllm.data.messages import Message, image_items, messages_of, problems_before_messages
+from cloc_mllm.data.messages import Message, image_items, messages_of, problems_before_messages, with_mask_paths
 from cloc_mllm.data.readers import Sample, SampleSource, open_file, resolve_image, sample_name
 from cloc_mllm.data.schema import (
     Problem,
@@ -98,7 +98,7 @@ def sample_problems(sample: Sample, folder: Path | None, sizes: ImageSizes) -> l
         references = [sample.get("image")]
     else:
         found += problems_before_messages(sample)
-        messages = [] if found else messages_of(sample)
+        messages = [] if found else with_mask_paths(messages_of(sample), folder)
         references = image_items(messages) if messages else [sample["image"]] if "image" in sample else []
     looked_up = [sizes(reference, folder) for reference in references]
     found += [size for size in looked_up if isinstance(size, Problem)]

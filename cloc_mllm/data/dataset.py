@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from cloc_mllm.data.messages import image_items, messages_of, problems_before_messages, with_images
+from cloc_mllm.data.messages import image_items, messages_of, problems_before_messages, with_images, with_mask_paths
 from cloc_mllm.data.readers import Sample, SampleSource, open_samples, resolve_image, sample_name
 from cloc_mllm.data.schema import conversation_problems, kind_of, raise_first, region_text_problems
 from cloc_mllm.errors import ClocError
@@ -250,8 +250,8 @@ class ConversationDataset(_SampleDataset):
         file, place = self.source.where(index)
         name = sample_name(raw, place)
         raise_first(problems_before_messages(raw), file, name)
-        messages = messages_of(raw)
         folder = self.source.folder(index)
+        messages = with_mask_paths(messages_of(raw), folder)
         images = [open_image(image, folder, file, name) for image in image_items(messages)]
         asked = kind_of(raw) == "question"
         raise_first(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cloc_mllm.data.schema import Problem, key_problems
@@ -146,6 +147,29 @@ def _items(messages: Any) -> Iterator[Mapping[str, Any]]:
 def image_items(messages: Sequence[Message]) -> list[Any]:
     """The images that messages hold, in order."""
     return [item["image"] for item in _items(messages) if item.get("type") == "image" and "image" in item]
+
+
+def with_mask_paths(messages: Any, folder: Path | None) -> Any:
+    """A copy of messages in which the paths of masks start at `folder`, as those of images do.
+
+    Malformed messages come back as they are, for `schema.conversation_problems` to judge.
+    """
+    if folder is None or not any(isinstance(item.get("mask"), str) for item in _items(messages)):
+        return messages
+    copies: list[Any] = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, (list, tuple)):
+            copies.append(message)
+            continue
+        items = [
+            {**item, "mask": str(folder / item["mask"])}
+            if isinstance(item, Mapping) and isinstance(item.get("mask"), str)
+            else item
+            for item in content
+        ]
+        copies.append({**message, "content": items})
+    return copies
 
 
 def with_images(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:

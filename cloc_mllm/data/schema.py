@@ -25,10 +25,11 @@ CONVERSATION_KEYS = frozenset(
 )
 QUESTION_KEYS = CONVERSATION_KEYS | {"kind", "answer", "box", "boxes_in", "heldout", "majority"}
 MESSAGE_KEYS = frozenset({"role", "content"})
+REGION_KINDS = ("box", "point", "mask", "scribble")
 ITEM_KEYS = {
     "text": frozenset({"type", "text"}),
     "image": frozenset({"type", "image"}),
-    "region": frozenset({"type", "box", "point", "image", "phrase"}),
+    "region": frozenset({"type", *REGION_KINDS, "image", "phrase"}),
 }
 ROLES = ("system", "user", "assistant")
 PLACEHOLDERS = ("<image>", "<region>", "<ground>")
@@ -120,6 +121,26 @@ def point_problems(point: Any, size: Size | None, what: str = "point") -> Iterat
             f"{what} {list(point)} is outside the image, which is {size[0]} x {size[1]} pixels",
             "Points are in pixels of the original image, after its EXIF rotation.",
         )
+
+
+def shape_problems(kind: str, shape: Any, size: Size | None, what: str) -> Iterator[Problem]:
+    """Everything that can be wrong with a mask or a scribble, which is read for it; a path as it stands.
+
+    Args:
+        kind: "mask" or "scribble".
+        shape: As found in the file.
+        size: Width and height of its image, or None where that is unknown: then nothing can be said.
+        what: What to call it in the message.
+    """
+    if size is None:
+        return
+    # Only here: it brings all of transformers, and most programs that read data have no masks.
+    from cloc_mllm.models.region_shapes import read_mask, scribble_shape
+
+    try:
+        (read_mask if kind == "mask" else scribble_shape)(shape, *size)
+    except ValueError as error:
+        yield Problem(f"{what}: {error}", "docs/mllm-regions.md has the forms of a region.")
 
 
 def size_problems(sample: Mapping[str, Any], size: Size | None) -> Iterator[Problem]:
@@ -269,8 +290,10 @@ def _placeholder_problems(text: str, what: str) -> Iterator[Problem]:
 def _region_item_problems(
     item: Mapping[str, Any], role: Any, what: str, sizes: Sequence[Size | None], shown: int
 ) -> Iterator[Problem]:
-    if ("box" in item) == ("point" in item):
-        yield Problem(f"a region of {what} has not exactly one of 'box' and 'point'", "Give one of them.")
+    kinds = [kind for kind in REGION_KINDS if kind in item]
+    if len(kinds) != 1:
+        names = ", ".join(map(repr, REGION_KINDS))
+        yield Problem(f"a region of {what} has not exactly one of {names}", "Give one of them.")
         return
     number = item.get("image", shown - 1)
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(sizes):
@@ -278,11 +301,14 @@ def _region_item_problems(
         remedy = 'Put the image before it, or let "image" be the number of one, counted from 0.'
         yield Problem(f"a region of {what} is on {where}, but the conversation has {len(sizes)} images", remedy)
         return
-    if "box" in item:
+    (kind,) = kinds
+    if kind == "box":
         yield from box_problems(item["box"], sizes[number], f"a box of {what}:")
-    else:
+    elif kind == "point":
         yield from point_problems(item["point"], sizes[number], f"a point of {what}:")
-        if role == "assistant":
-            yield Problem(f"{what} is the assistant's and holds a point", "The assistant answers with boxes.")
+    else:
+        yield from shape_problems(kind, item[kind], sizes[number], f"a {kind} of {what}")
+    if kind != "box" and role == "assistant":
+        yield Problem(f"{what} is the assistant's and holds a {kind}", "The assistant answers with boxes.")
     if "phrase" in item:
         yield from text_problems(item["phrase"], f"the phrase of a region of {what}")

@@ -44,6 +44,7 @@ class Predictor:
             ("grounding", config.grounding, processor.grounding),
             ("tokens an image", config.image_seq_length, processor.num_image_tokens),
             ("resolutions of tiles", ImageTokens.of(config).pinpoints, processor.image_layout.pinpoints),
+            ("tokens a region", config.num_region_tokens, processor.num_region_tokens),
             ("id of <image>", config.image_token_index, processor.image_token_id),
             ("id of <region>", config.region_token_index, processor.region_token_id),
             ("id of <ground>", config.ground_token_index, processor.ground_token_id),
@@ -97,7 +98,11 @@ class Predictor:
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
 
     def chat(
-        self, conversations: Sequence[Conversation], max_new_tokens: int = 256, batch_size: int = 16
+        self,
+        conversations: Sequence[Conversation],
+        max_new_tokens: int = 256,
+        batch_size: int = 16,
+        constrain_boxes: bool = False,
     ) -> list[Answer]:
         """Answer the last turn of each conversation, greedily.
 
@@ -106,10 +111,13 @@ class Predictor:
                 number, or are absent, as they please.
             max_new_tokens: Longest answer in tokens.
             batch_size: How many are answered together; the answers do not depend on it.
+            constrain_boxes: Whether a box that is written as text must come out well-formed: once one is begun, only
+                what continues it can be said. A box cut off by ``max_new_tokens`` is all that stays unread.
 
         Returns:
             For each the ``text``, with coordinates printed; the ``boxes``, ``{"phrase", "box", "image"}`` in pixels of
-            the original image; what could not be read, ``unparsed``; and the ``message`` to go on from.
+            the original image; what could not be read, ``unparsed``; what is said not to be there, ``absent``; and the
+            ``message`` to go on from.
 
         Raises:
             ClocError: If a conversation is malformed; the error names its number.
@@ -117,12 +125,16 @@ class Predictor:
         answers: list[Answer] = []
         for start in range(0, len(conversations), batch_size):
             inputs, sizes = self._prepare(conversations[start : start + batch_size], max_new_tokens, start)
+            if constrain_boxes:
+                inputs["logits_processor"] = self.processor.constrain_boxes(inputs["input_ids"].shape[1], sizes)
             generated = self.model.generate_grounded(**inputs, max_new_tokens=max_new_tokens)
             answers += self.processor.post_process_grounding(generated, sizes)
         return answers
 
-    def stream(self, conversation: Conversation, max_new_tokens: int = 256) -> AnswerStream:
-        """Answer one conversation piece by piece.
+    def stream(
+        self, conversation: Conversation, max_new_tokens: int = 256, constrain_boxes: bool = False
+    ) -> AnswerStream:
+        """Answer one conversation piece by piece; the arguments are those of :meth:`chat`.
 
         Returns:
             An iterator over pieces of text; its ``answer`` is the whole, boxes included. Boxes of a grounding head come
@@ -132,6 +144,8 @@ class Predictor:
             ClocError: As :meth:`chat`, at once.
         """
         inputs, sizes = self._prepare([conversation], max_new_tokens)
+        if constrain_boxes:
+            inputs["logits_processor"] = self.processor.constrain_boxes(inputs["input_ids"].shape[1], sizes)
         return AnswerStream(self.model, self.processor, inputs, sizes, max_new_tokens)
 
     def _prepare(

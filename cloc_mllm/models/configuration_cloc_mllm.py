@@ -1,5 +1,7 @@
 """Configuration of the region-aware MLLM: LLaVA's, plus how regions go in and how boxes come out."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -19,6 +21,12 @@ def feature_strategy(vision_config: PreTrainedConfig, asked: str | None) -> str:
     return asked or ("default" if has_class_token(vision_config) else "full")
 
 
+def check_region_tokens(count: int) -> None:
+    """Refuse a number of tokens a region that is none: 1, or one more than the square of at least 2."""
+    if count != 1 and (count < 5 or math.isqrt(count - 1) ** 2 != count - 1):
+        raise ValueError(f"num_region_tokens is {count}: use 1, or 1 + g * g for g by g parts (5, 10, 17, ...)")
+
+
 @strict
 class ClocMllmConfig(LlavaConfig):
     """Configuration of :class:`ClocMllmForConditionalGeneration`.
@@ -34,6 +42,10 @@ class ClocMllmConfig(LlavaConfig):
             head, queried by the hidden state there, gives the box; ``text``: coordinates are generated as text.
         grounding_config: The localisation head's own Prompter and BoxHead; ``None`` exactly if ``grounding`` is
             ``text``.
+        num_region_tokens: How many ``<region>`` placeholders a region takes: 1, or 1 + g * g, which are the region and
+            g by g parts of it (see :mod:`.region_encoder`).
+        boxes_per_phrase: Most boxes that the head can tell apart for one phrase: the n-th of ``<ground>`` tokens in a
+            row asks for the n-th of them. 1: it knows no difference.
         region_token_index: Id of ``<region>``.
         ground_token_index: Id of ``<ground>``.
         lm_head_bias: Whether the language model's head has a bias (Phi's has; stock LLaVA's has none).
@@ -65,6 +77,8 @@ class ClocMllmConfig(LlavaConfig):
     prompter_config: dict | PreTrainedConfig | None = None
     grounding: str = "text"
     grounding_config: dict | PreTrainedConfig | None = None
+    num_region_tokens: int = 1
+    boxes_per_phrase: int = 1
     region_token_index: int = 32001
     ground_token_index: int = 32002
     lm_head_bias: bool = False
@@ -82,6 +96,13 @@ class ClocMllmConfig(LlavaConfig):
             raise ValueError(f"unknown projector_type {self.projector_type!r}: use one of {', '.join(PROJECTOR_TYPES)}")
         if self.projector_type == "pixel_shuffle" or self.image_grid_pinpoints is not None:
             ImageTokens.of(self)
+        check_region_tokens(self.num_region_tokens)
+        if self.boxes_per_phrase < 1:
+            raise ValueError(f"boxes_per_phrase is {self.boxes_per_phrase}: a phrase has at least one box")
+        if self.boxes_per_phrase > 1 and self.grounding != "head":
+            raise ValueError(
+                "boxes_per_phrase is the grounding head's: as text, a phrase has as many boxes as are said"
+            )
         for part, wanted, given in (
             (f"region_encoder {self.region_encoder!r}", self.region_encoder != "none", self.prompter_config),
             (f"grounding {self.grounding!r}", self.grounding == "head", self.grounding_config),

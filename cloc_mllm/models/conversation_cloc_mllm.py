@@ -2,9 +2,10 @@
 
 A message is ``{"role": "system" | "user" | "assistant", "content": text | [items]}``. Items are ``{"type": "text",
 "text"}``, ``{"type": "image", "image": PIL or path}`` and ``{"type": "region", "box": [x1, y1, x2, y2]}`` (or
-``"point": [x, y]``) in pixels of the original image, with ``"image": k`` where it is not the image shown last before
-it. In a user's turn a region is shown to the model. In an assistant's it is a box to be found, for the ``"phrase"``
-right before it.
+``"point": [x, y]``, ``"scribble": [[x, y], ...]``, ``"mask"``: see :func:`.region_shapes.read_mask`) in pixels of the
+original image, with ``"image": k`` where it is not the image shown last before it. In a user's turn a region is shown
+to the model. In an assistant's it is a box to be found, for the ``"phrase"`` right before it; boxes that follow each
+other are all of one phrase.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .boxes import BoxCodec
 from .geometry import Geometry
 from .image_processing_cloc import load_image
 from .processing_cloc import check_prompt
+from .region_shapes import SHAPE_KINDS, mask_shape, scribble_shape
 
 ROLES = ("system", "user", "assistant")
 REGION_FORMATS = ("token", "coords", "both")
@@ -47,11 +49,13 @@ class Prompt:
         image: The image it is on, counted within the conversation.
         box: ``(4,)`` float32 xyxy, normalised, model frame; no size for a point.
         phrase: What is to be found.
+        points: ``(P, 2)`` float32, normalised, model frame, on a free-form region; ``None`` for a box or a point.
     """
 
     image: int
     box: torch.Tensor
     phrase: str = ""
+    points: torch.Tensor | None = None
 
 
 @dataclass
@@ -183,16 +187,21 @@ class ConversationReader:
             parts.add_text(" " * (self.region_format == "both") + self.codec.encode(pixels, *size))
 
     def _ask_box(self, conversation: Conversation, parts: _Parts, item: Mapping[str, Any], shown: int) -> None:
-        if "point" in item:
-            raise ValueError("the assistant answers with boxes, not points")
+        for kind in SHAPE_KINDS:
+            if kind != "box" and kind in item:
+                raise ValueError(f"the assistant answers with boxes, not with a {kind}")
         prompt, pixels, size = self._place(conversation, item, shown)
         phrase = item.get("phrase")
         if phrase is not None and (not isinstance(phrase, str) or not phrase.strip()):
             raise ValueError("the phrase of a region is blank or not a text")
-        # The phrase stands right before its box: it is written unless the text has just said it.
-        if phrase is not None and not parts.text.rstrip().endswith(phrase.strip()):
-            parts.add_text(phrase)
-        prompt.phrase = phrase.strip() if phrase is not None else phrase_before(parts.text)
+        follows = parts.phrase is not None and not phrase_before(parts.text)
+        if follows and (phrase is None or phrase.strip() == parts.phrase):
+            prompt.phrase = parts.phrase or ""  # one more box of the same phrase, which is said once
+        else:
+            # The phrase stands right before its box: it is written unless the text has just said it.
+            if phrase is not None and not parts.text.rstrip().endswith(phrase.strip()):
+                parts.add_text(phrase)
+            prompt.phrase = phrase.strip() if phrase is not None else phrase_before(parts.text)
         if self.grounding == "head":
             # No space before `<ground>`: the language model would have to learn to say a lone space first.
             parts.strip_end()
@@ -202,13 +211,15 @@ class ConversationReader:
             if parts.text and not parts.text[-1].isspace():
                 parts.add_text(" ")
             parts.add_text(self.codec.encode(pixels, *size))
+        parts.phrase = prompt.phrase
 
     def _place(
         self, conversation: Conversation, item: Mapping[str, Any], shown: int
     ) -> tuple[Prompt, list[float], tuple[int, int]]:
         """A region in the model frame, its box in pixels, and the size of its image."""
-        if ("box" in item) == ("point" in item):
-            raise ValueError("a region has exactly one of 'box' and 'point'")
+        kinds = [kind for kind in SHAPE_KINDS if kind in item]
+        if len(kinds) != 1:
+            raise ValueError(f"a region has exactly one of {', '.join(map(repr, SHAPE_KINDS))}")
         count = len(conversation.images)
         number = item.get("image")
         if number is None:
@@ -217,10 +228,16 @@ class ConversationReader:
             where = f"image {number}" if "image" in item else "an image before it"
             raise ValueError(f"a region is on {where}, but the conversation has {count} images")
         width, height = conversation.images[number].size
-        values = item["box"] if "box" in item else item["point"]
-        check_prompt(values, width, height, 4 if "box" in item else 2)
-        pixels = [float(value) for value in values] * (1 if "box" in item else 2)
-        return Prompt(number, self.geometry(width, height).boxes_to_model([pixels])[0]), pixels, (width, height)
+        place, values = self.geometry(width, height), item[kinds[0]]
+        points: torch.Tensor | None = None
+        if kinds[0] in ("mask", "scribble"):
+            shape = (mask_shape if kinds[0] == "mask" else scribble_shape)(values, width, height)
+            pixels, points = shape.box, place.points_to_model(torch.from_numpy(shape.points))
+        else:
+            check_prompt(values, width, height, 4 if "box" in item else 2)
+            pixels = [float(value) for value in values] * (1 if "box" in item else 2)
+        prompt = Prompt(number, place.boxes_to_model([pixels])[0], points=points)
+        return prompt, pixels, (width, height)
 
 
 class _Parts:
@@ -230,6 +247,8 @@ class _Parts:
         self.items: list[dict[str, str]] = []
         self.text = ""
         """The text since the last item that was not one, as the person wrote it."""
+        self.phrase: str | None = None
+        """The phrase of the last box that was asked for; ``None`` before the first."""
         self.fence = fence
 
     def add(self, kind: str) -> None:
@@ -251,6 +270,48 @@ class _Parts:
             self.items[-1]["text"] = self.fence(self.text)
         else:
             self.items.pop()
+
+
+def in_reading_order(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of messages in which an assistant's boxes for one phrase stand from left to right, then top to bottom.
+
+    What is learnt must be one answer, and the boxes of a phrase have no order of their own. Of one phrase are those on
+    one image between which no other phrase is said, in the text or in their own ``phrase``.
+    """
+    ordered: list[dict[str, Any]] = []
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") != "assistant" or not isinstance(content, (list, tuple)):
+            ordered.append(dict(message))
+            continue
+        items = list(content)
+        run: list[int] = []
+        for place, item in enumerate(items):
+            if run and not _goes_on(items[run[0]], item):
+                _sort_boxes(items, run)
+                run = []
+            if isinstance(item, Mapping) and item.get("type") == "region":
+                run.append(place)
+        _sort_boxes(items, run)
+        ordered.append({**message, "content": items})
+    return ordered
+
+
+def _goes_on(first: Mapping[str, Any], item: Any) -> bool:
+    """Whether a box, or what stands between two, belongs to the phrase of the first box of a run."""
+    if not isinstance(item, Mapping):
+        return False
+    if item.get("type") == "text":
+        return isinstance(item.get("text"), str) and not phrase_before(item["text"])
+    return item.get("image") == first.get("image") and item.get("phrase") in (None, first.get("phrase"))
+
+
+def _sort_boxes(items: list[Any], run: list[int]) -> None:
+    """Deal the boxes of a run out anew, the items' other keys as they stand; malformed ones are left to the reader."""
+    boxes = [items[place].get("box") for place in run]
+    if all(isinstance(box, (list, tuple)) and len(box) == 4 for box in boxes):
+        for place, box in zip(run, sorted(boxes), strict=True):
+            items[place] = {**items[place], "box": box}
 
 
 def image_items(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

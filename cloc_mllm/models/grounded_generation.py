@@ -94,7 +94,7 @@ class GroundedGenerationMixin(GenerationMixin):
         if inputs.get("input_ids") is None:
             raise ValueError("generate_grounded needs input_ids: they say where the images and the answers are")
         generated = self.generate(**{**inputs, "return_dict_in_generate": False})
-        names = ("attention_mask", "pixel_values", "image_sizes", "region_boxes", "region_image_index")
+        names = ("attention_mask", "pixel_values", "image_sizes", "region_boxes", "region_image_index", "region_points")
         return self.ground_sequences(generated, inputs["input_ids"], **{name: inputs.get(name) for name in names})
 
     @torch.no_grad()
@@ -107,6 +107,7 @@ class GroundedGenerationMixin(GenerationMixin):
         region_boxes: torch.Tensor | None = None,
         region_image_index: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        region_points: torch.Tensor | None = None,
     ) -> ClocGroundedOutput:
         """Localise every ``<ground>`` that ``generate`` added to a prompt.
 
@@ -118,6 +119,7 @@ class GroundedGenerationMixin(GenerationMixin):
             region_boxes: ``(R, 4)`` of the prompt.
             region_image_index: ``(R,)`` of the prompt.
             image_sizes: ``(I, 2)`` of the prompt, where its images are cut into tiles.
+            region_points: ``(R, P, 2)`` of the prompt.
         """
         prompt_length = input_ids.shape[1]
         output = ClocGroundedOutput(sequences=sequences, prompt_length=prompt_length)
@@ -143,6 +145,7 @@ class GroundedGenerationMixin(GenerationMixin):
             image_sizes=image_sizes,
             region_boxes=region_boxes,
             region_image_index=region_image_index,
+            region_points=region_points,
             logits_to_keep=1,
             use_cache=False,
         )

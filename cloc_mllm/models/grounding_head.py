@@ -27,10 +27,18 @@ class PhraseLocalizer(ClocPrompter):
             del self.coordinates  # boxes are the region encoder's business
 
     def forward(  # type: ignore[override]  # takes phrases where the parent takes their prompt tokens
-        self, image_tokens: torch.Tensor, text_embeds: torch.Tensor, image_index: torch.Tensor
+        self,
+        image_tokens: torch.Tensor,
+        text_embeds: torch.Tensor,
+        image_index: torch.Tensor,
+        offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(I, N, hidden_size)`` tokens and ``(G, projection_dim)`` phrases to ``(G, hidden_size)`` features."""
-        return super().forward(image_tokens, self.embed_texts(text_embeds), image_index)
+        """``(I, N, hidden_size)`` tokens and ``(G, projection_dim)`` phrases to ``(G, hidden_size)`` features.
+
+        ``offsets`` ``(G, hidden_size)`` are added to the phrases' prompt tokens.
+        """
+        prompts = self.embed_texts(text_embeds)
+        return super().forward(image_tokens, prompts if offsets is None else prompts + offsets[:, None], image_index)
 
 
 class ClocGroundingHead(nn.Module):
@@ -39,17 +47,25 @@ class ClocGroundingHead(nn.Module):
     Args:
         config: The Prompter and the BoxHead.
         query_size: Width of the language model.
+        boxes_per_phrase: Most boxes of one phrase that are told apart.
+
+    Where a phrase has several boxes, its text embedding is the same for all, and the queries are pulled towards it.
+    What tells them apart is ``ordinals``: an embedding of the place in the row, added to the localiser's prompt. They
+    start at zero and the first box has none, so that a head that knew one box a phrase answers as it did.
 
     The inner Prompter is called ``localizer``: adapters pick modules by the end of their name, and ``prompter`` is
     the one that reads regions.
     """
 
-    def __init__(self, config: ClocPrompterConfig, query_size: int) -> None:
+    def __init__(self, config: ClocPrompterConfig, query_size: int, boxes_per_phrase: int = 1) -> None:
         super().__init__()
         self.config = config
         self.query_projection = nn.Linear(query_size, config.projection_dim)
         self.localizer = PhraseLocalizer(config)
         self.box_head = BoxHead(config)
+        self.ordinals: nn.Parameter | None = None
+        if boxes_per_phrase > 1:
+            self.ordinals = nn.Parameter(torch.zeros(boxes_per_phrase - 1, config.hidden_size))
 
     def forward(
         self,
@@ -57,6 +73,7 @@ class ClocGroundingHead(nn.Module):
         image_tokens: torch.Tensor,
         image_index: torch.Tensor,
         queries: torch.Tensor | None = None,
+        ordinals: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Localise.
 
@@ -68,18 +85,44 @@ class ClocGroundingHead(nn.Module):
             image_tokens: ``(I, N, hidden_size)`` the tower's ``last_hidden_state``.
             image_index: ``(G,)`` the image each ``<ground>`` is about.
             queries: ``(G, projection_dim)`` text embeddings of the same phrases, or ``None``.
+            ordinals: ``(G,)`` which box of its phrase each asks for, from 0; those beyond the last that is known ask
+                for that one. Default: the first.
 
         Returns:
             The projected queries ``(G, projection_dim)``, float32 and L2-normalised; their boxes ``(G, 4)``, float32
             xyxy, normalised, model frame; and the boxes the text embeddings give, ``(G, 4)`` or ``None``.
         """
         asked = functional.normalize(self.query_projection(hidden_states).float(), dim=-1)
-        embeds, index = asked, image_index
+        embeds, index, offsets = asked, image_index, self._offsets(asked, ordinals)
         if queries is not None:
             embeds, index = torch.cat([asked, queries.to(asked.dtype)]), torch.cat([image_index, image_index])
-        boxes = self.box_head(self.localizer(image_tokens, embeds, index))
+            offsets = None if offsets is None else torch.cat([offsets, offsets])
+        boxes = self.box_head(self.localizer(image_tokens, embeds, index, offsets))
         count = len(asked)
         return asked, boxes[:count], boxes[count:] if queries is not None else None
+
+    def _offsets(self, asked: torch.Tensor, ordinals: torch.Tensor | None) -> torch.Tensor | None:
+        """``(G, hidden_size)`` what is added to the prompts; made of the weights even where all of it is zero."""
+        if self.ordinals is None:
+            return None
+        if ordinals is None:
+            ordinals = torch.zeros(len(asked), dtype=torch.long, device=asked.device)
+        table = torch.cat([torch.zeros_like(self.ordinals[:1]), self.ordinals])
+        return table[ordinals.clamp(max=len(self.ordinals))]
+
+
+def places_in_run(at: torch.Tensor) -> torch.Tensor:
+    """For each marked place of a row, how many marked ones come right before it.
+
+    Args:
+        at: ``(B, T)`` bool.
+
+    Returns:
+        ``(B, T)``: 0 for the first of a run of marked places, then 1, 2, ...; of no meaning elsewhere.
+    """
+    numbers = torch.arange(at.shape[1], device=at.device).expand_as(at)
+    last_gap = numbers.masked_fill(at, -1).cummax(dim=1).values
+    return (numbers - last_gap - 1).clamp(min=0)
 
 
 def image_before(is_image: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

@@ -35,12 +35,12 @@ from .assembly_cloc_mllm import assemble
 from .configuration_cloc import ClocPrompterConfig
 from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
-from .grounding_head import ClocGroundingHead, image_before
+from .grounding_head import ClocGroundingHead, image_before, places_in_run
 from .image_tokens import ImageTokens
 from .language_head import build_language_head, finish_logits
 from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutput, ClocMllmModelOutputWithPast
 from .projectors import ImageNewline, build_projector, checked_tiles, pack_tiles
-from .region_encoder import RegionProjector, build_region_reader, checked_image_index
+from .region_encoder import RegionProjector, build_region_reader, checked_image_index, with_parts
 
 
 class ClocMllmModel(LlavaModel):
@@ -68,7 +68,7 @@ class ClocMllmModel(LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         grounding_config: Any = config.grounding_config
         if grounding_config is not None:
-            self.grounding_head = ClocGroundingHead(grounding_config, width)
+            self.grounding_head = ClocGroundingHead(grounding_config, width, config.boxes_per_phrase)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,6 +78,8 @@ class ClocMllmModel(LlavaModel):
             initialization.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ImageNewline):
             initialization.normal_(module.weight, std=len(module.weight) ** -0.5)
+        elif isinstance(module, ClocGroundingHead) and module.ordinals is not None:
+            initialization.zeros_(module.ordinals)
 
     def _runs_every_part(self) -> bool:
         # Partitioned weights are gathered by all ranks together, in evaluation too.
@@ -91,6 +93,7 @@ class ClocMllmModel(LlavaModel):
         image_sizes: torch.Tensor | None = None,
         region_boxes: torch.Tensor | None = None,
         region_image_index: torch.Tensor | None = None,
+        region_points: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ClocMllmImageOutput:
         """Encode images and the regions on them.
@@ -106,6 +109,8 @@ class ClocMllmModel(LlavaModel):
                 towers that take images of many sizes, see LLaVA.
             region_boxes: ``(R, 4)`` float32 xyxy, normalised, model frame; a box of no size is a point.
             region_image_index: ``(R,)`` the image of each region; may be left out if there is one image.
+            region_points: ``(R, P, 2)`` float32, normalised, model frame: points on free-form regions; NaN where a
+                region has fewer, or none.
             **kwargs: Passed to the tower.
 
         Returns:
@@ -136,7 +141,7 @@ class ClocMllmModel(LlavaModel):
         )
         if self.image_newline is not None:
             self._join_tiles(output, sizes)
-        self._encode_regions(output, region_boxes, region_image_index)
+        self._encode_regions(output, region_boxes, region_image_index, region_points)
         return output
 
     def _join_tiles(self, output: ClocMllmImageOutput, sizes: list[tuple[int, int]]) -> None:
@@ -153,7 +158,11 @@ class ClocMllmModel(LlavaModel):
         output.last_hidden_state = output.last_hidden_state[firsts]
 
     def _encode_regions(
-        self, output: ClocMllmImageOutput, boxes: torch.Tensor | None, image_index: torch.Tensor | None
+        self,
+        output: ClocMllmImageOutput,
+        boxes: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        points: torch.Tensor | None,
     ) -> None:
         """Add the regions' features to those of the images, or run the region encoder on a dummy."""
         tokens = output.last_hidden_state
@@ -166,8 +175,15 @@ class ClocMllmModel(LlavaModel):
                 )
         elif boxes is not None and count:
             index = checked_image_index(image_index, count, len(tokens)).to(tokens.device)
-            embeds = self.prompter(tokens, boxes.to(tokens.device, torch.float32), index)
-            output.region_features = self.region_projector(embeds)
+            if points is not None:
+                if len(points) != count:
+                    raise ValueError(f"there are {count} regions, but region_points has {len(points)} entries")
+                points = points.to(tokens.device, torch.float32)
+            boxes, points = with_parts(boxes.to(tokens.device, torch.float32), points, self.config.num_region_tokens)
+            index = index.repeat_interleave(self.config.num_region_tokens)
+            # A batch of boxes takes the very path it took before there were shapes.
+            shapes = () if points is None else (points,)
+            output.region_features = self.region_projector(self.prompter(tokens, boxes, index, *shapes))
         elif self._runs_every_part():
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=tokens.device)
             embeds = self.prompter(tokens, whole, torch.zeros(1, dtype=torch.long, device=tokens.device))
@@ -187,6 +203,7 @@ class ClocMllmModel(LlavaModel):
         image_sizes: torch.Tensor | None = None,
         region_boxes: torch.Tensor | None = None,
         region_image_index: torch.Tensor | None = None,
+        region_points: torch.Tensor | None = None,
         ground_image_index: torch.Tensor | None = None,
         ground_queries: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
@@ -214,6 +231,7 @@ class ClocMllmModel(LlavaModel):
                 image_sizes=image_sizes,
                 region_boxes=region_boxes,
                 region_image_index=region_image_index,
+                region_points=region_points,
             )
         if first or image is not None:
             inputs_embeds = self._fill_placeholders(input_ids, inputs_embeds, image, is_dummy)
@@ -306,6 +324,7 @@ class ClocMllmModel(LlavaModel):
         at = input_ids == self.config.ground_token_index
         index = self._ground_images(input_ids, at, None if is_dummy else image, image_index, queries)
         known = index >= 0
+        ordinals = places_in_run(at)[at]
         result.ground_image_index = index
         result.pred_boxes = torch.full((len(index), 4), float("nan"), device=device)
         result.ground_embeds = torch.zeros(len(index), self.config.grounding_config.projection_dim, device=device)
@@ -313,7 +332,7 @@ class ClocMllmModel(LlavaModel):
         if image is not None and bool(known.any()):
             asked = None if queries is None else queries[known]
             embeds, boxes, text_boxes = self.grounding_head(
-                hidden[at][known], image.last_hidden_state, index[known], asked
+                hidden[at][known], image.last_hidden_state, index[known], asked, ordinals[known]
             )
             where = (known.nonzero()[:, 0],)
             result.pred_boxes = result.pred_boxes.index_put(where, boxes)
@@ -376,11 +395,14 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
 
     Inputs of :meth:`forward`, beside those of every language model:
 
-    * ``input_ids`` ``(B, T)``, with one ``<image>`` for each visual token and one ``<region>`` for each region;
+    * ``input_ids`` ``(B, T)``, with one ``<image>`` for each visual token and ``config.num_region_tokens`` times
+      ``<region>`` for each region;
     * ``pixel_values`` ``(I, 3, H, W)``, the batch's images in the order of their placeholders; with ``anyres`` one row
       a tile, the overview before the others, and ``image_sizes`` ``(I, 2)``, height and width of the originals;
     * ``region_boxes`` ``(R, 4)`` float32 xyxy, normalised, model frame, in the order of their placeholders, and
-      ``region_image_index`` ``(R,)``, the image of each, which may be left out if there is one image;
+      ``region_image_index`` ``(R,)``, the image of each, which may be left out if there is one image; of a region that
+      is no box or point, ``region_boxes`` has the box around it and ``region_points`` ``(R, P, 2)`` points on it (NaN
+      where there are fewer);
     * ``labels`` ``(B, T)``, -100 where nothing is learnt; ``<ground>`` is learnt as any other token;
     * ``ground_image_index`` ``(G,)``, the image each ``<ground>`` is about; default the last one shown before it;
     * ``ground_queries`` ``(G, D)``, text embeddings of the grounded phrases: the head localises them too;
@@ -420,6 +442,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         prompter_config: ClocPrompterConfig | None = None,
         grounding_config: ClocPrompterConfig | None = None,
         grounding_init: str = "encoder",
+        num_region_tokens: int = 1,
+        boxes_per_phrase: int = 1,
     ) -> ClocMllmForConditionalGeneration:
         """Put an encoder and a language model together; both are copied, and the connectors are new.
 
@@ -444,6 +468,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             grounding_config: The head's Prompter and BoxHead, where they should differ from the encoder's.
             grounding_init: ``encoder``: the head starts from the encoder's Prompter and BoxHead if it has them and
                 they fit; ``new``: untrained in any case.
+            num_region_tokens: Tokens a region; as in the processor. See :class:`ClocMllmConfig`.
+            boxes_per_phrase: Boxes of one phrase that the head tells apart. See :class:`ClocMllmConfig`.
 
         Returns:
             The model in evaluation mode and in the language model's dtype, with new rows in the embeddings for the
@@ -469,6 +495,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             prompter_config=prompter_config,
             grounding_config=grounding_config,
             grounding_init=grounding_init,
+            num_region_tokens=num_region_tokens,
+            boxes_per_phrase=boxes_per_phrase,
         )
 
     def get_image_features(  # type: ignore[override]
@@ -478,6 +506,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         vision_feature_select_strategy: str | None = None,
         region_boxes: torch.Tensor | None = None,
         region_image_index: torch.Tensor | None = None,
+        region_points: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ClocMllmImageOutput:
         """See :meth:`ClocMllmModel.get_image_features`."""
@@ -487,6 +516,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             vision_feature_select_strategy=vision_feature_select_strategy,
             region_boxes=region_boxes,
             region_image_index=region_image_index,
+            region_points=region_points,
             **kwargs,
         )
 
@@ -506,6 +536,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         image_sizes: torch.Tensor | None = None,
         region_boxes: torch.Tensor | None = None,
         region_image_index: torch.Tensor | None = None,
+        region_points: torch.Tensor | None = None,
         ground_image_index: torch.Tensor | None = None,
         ground_queries: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
@@ -528,6 +559,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             image_sizes=image_sizes,
             region_boxes=region_boxes,
             region_image_index=region_image_index,
+            region_points=region_points,
             ground_image_index=ground_image_index,
             ground_queries=ground_queries,
             mm_encoder_outputs=mm_encoder_outputs,

@@ -19,7 +19,8 @@ class ClocMllmImageOutput(BaseModelOutputWithPooling):
     their overviews alone, n differs between images, and ``hidden_states`` and ``attentions`` have a row for each tile.
 
     Attributes:
-        region_features: ``(R, hidden_size)`` of the regions, in their order; ``None`` without regions.
+        region_features: ``(R * num_region_tokens, hidden_size)`` of the regions, in their order, those of one region
+            behind each other; ``None`` without regions.
     """
 
     region_features: torch.Tensor | None = None

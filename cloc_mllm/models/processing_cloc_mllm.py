@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, LlavaProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
-from .answer_text import AnswerText, read_answer
+from .answer_text import AnswerText, absent_phrases, read_answer
+from .box_constraint import BoxConstraint, BoxTokens
 from .boxes import BoxCodec
 from .chat_template import IGNORED, build_chat_template, chat_style, fence, render_chat, tokenize_chat, unfence
 from .configuration_cloc import has_class_token
-from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, feature_strategy
+from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, check_region_tokens, feature_strategy
 from .conversation_cloc_mllm import (
     REGION_FORMATS,
     Conversation,
@@ -28,6 +30,7 @@ from .conversation_cloc_mllm import (
     ConversationReader,
     Prompt,
     image_items,
+    in_reading_order,
     picture_of,
 )
 from .image_tokens import ImageTokens
@@ -52,6 +55,7 @@ class ClocMllmProcessor(LlavaProcessor):
         box_mode: How coordinates are written; see :class:`.boxes.BoxCodec`.
         projector_type: As in the model: it decides how many tokens an image takes.
         pixel_shuffle_factor: As in the model.
+        num_region_tokens: As in the model: how many ``<region>`` placeholders a region takes.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class ClocMllmProcessor(LlavaProcessor):
         box_mode: str = "norm1000",
         projector_type: str = "mlp2x_gelu",
         pixel_shuffle_factor: int = 2,
+        num_region_tokens: int = 1,
         **kwargs: Any,
     ) -> None:
         for name, value, known in (
@@ -76,9 +81,12 @@ class ClocMllmProcessor(LlavaProcessor):
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        check_region_tokens(num_region_tokens)
         self.region_format, self.grounding, self.box_mode = region_format, grounding, box_mode
+        self.num_region_tokens = num_region_tokens
         self.codec = BoxCodec(box_mode)
         self.projector_type, self.pixel_shuffle_factor = projector_type, pixel_shuffle_factor
+        self._box_tokens: BoxTokens | None = None  # read from the vocabulary when it is first needed
         super().__init__(
             image_processor,
             tokenizer,
@@ -113,6 +121,7 @@ class ClocMllmProcessor(LlavaProcessor):
         pixel_shuffle_factor: int = 2,
         image_mode: str | None = None,
         image_grid_pinpoints: list[list[int]] | None = None,
+        num_region_tokens: int = 1,
     ) -> ClocMllmProcessor:
         """Make the processor of an MLLM.
 
@@ -132,6 +141,7 @@ class ClocMllmProcessor(LlavaProcessor):
             image_mode: ``pad``, ``resize`` or ``anyres``; ``None``: as the encoder's. With ``anyres`` the model is
                 given this processor's ``image_processor.image_grid_pinpoints``.
             image_grid_pinpoints: Resolutions of ``anyres``; ``None``: LLaVA-NeXT's for the tower's size.
+            num_region_tokens: As in the model.
 
         Raises:
             ValueError: If the images do not come in the size the tower takes, a name is unknown, or the projector does
@@ -165,6 +175,7 @@ class ClocMllmProcessor(LlavaProcessor):
             box_mode=box_mode,
             projector_type=projector_type,
             pixel_shuffle_factor=pixel_shuffle_factor,
+            num_region_tokens=num_region_tokens,
         )
 
     @property
@@ -246,6 +257,8 @@ class ClocMllmProcessor(LlavaProcessor):
             * ``pixel_values`` ``(I, 3, H, W)``; with ``anyres`` one row a tile, and ``image_sizes`` ``(I, 2)``, height
               and width of the originals;
             * ``region_boxes`` ``(R, 4)`` float32 xyxy, normalised, model frame, and ``region_image_index`` ``(R,)``;
+            * ``region_points`` ``(R, P, 2)`` float32, the same frame, if any region is a mask or a scribble: points on
+              it, NaN where there are fewer;
             * ``ground_image_index`` ``(G,)``, the image of each ``<ground>``;
             * ``labels`` ``(B, T)``, -100 outside of what the assistant says; and ``ground_boxes`` ``(G, 4)`` and
               ``ground_phrases``, a list of G texts, with a grounding head: only with ``return_labels``;
@@ -262,6 +275,8 @@ class ClocMllmProcessor(LlavaProcessor):
         for number, messages in enumerate(batch):
             try:
                 filled = self._reader.fill(messages, None if images is None else images[number])
+                if return_labels:
+                    filled = in_reading_order(filled)
                 template = chat_template or self.chat_template
                 read.append(self._fit(filled, template, add_generation_prompt, return_labels, max_length))
             except ValueError as error:
@@ -329,6 +344,7 @@ class ClocMllmProcessor(LlavaProcessor):
         counts = iter([self.image_tokens(*size) for size in conversation.sizes])
         for token, label in zip(short_ids, short_labels, strict=True):
             count = next(counts) if token == self.image_token_id else 1
+            count = self.num_region_tokens if token == self.region_token_id else count
             ids += [token] * count
             labels += [label] * count
         return ids, labels
@@ -368,6 +384,9 @@ class ClocMllmProcessor(LlavaProcessor):
         boxes, index, regions = flat("regions")
         if regions:
             data |= {"region_boxes": boxes, "region_image_index": index}
+            shapes = [torch.zeros(0, 2) if one.points is None else one.points for one in regions]
+            if any(len(shape) for shape in shapes):
+                data["region_points"] = pad_sequence(shapes, batch_first=True, padding_value=float("nan"))
         boxes, index, grounds = flat("grounds")
         if grounds or (for_training and self.grounding == "head"):
             data["ground_image_index"] = index
@@ -426,6 +445,23 @@ class ClocMllmProcessor(LlavaProcessor):
             ready = [dict(message) for message in messages]
         return unfence(render_chat(ready, template or self.chat_template, add_generation_prompt).text)
 
+    def constrain_boxes(
+        self, prompt_length: int, original_sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> LogitsProcessorList:
+        """What keeps every box that is written as text well-formed, for ``generate``'s ``logits_processor``.
+
+        Args:
+            prompt_length: Tokens of the prompt, ``input_ids.shape[1]``.
+            original_sizes: What :meth:`encode` returned under that name: boxes are on the last image of each.
+
+        Raises:
+            ValueError: If the tokenizer cannot write a box letter by letter.
+        """
+        if self._box_tokens is None:
+            self._box_tokens = BoxTokens(self.tokenizer, self.box_mode)
+        last = [sizes[-1] if sizes else None for sizes in original_sizes]
+        return LogitsProcessorList([BoxConstraint(self._box_tokens, prompt_length, last)])
+
     def post_process_grounding(
         self, generated: ClocGroundedOutput, original_sizes: Sequence[Sequence[tuple[int, int]]]
     ) -> list[AnswerText]:
@@ -437,7 +473,7 @@ class ClocMllmProcessor(LlavaProcessor):
 
         Returns:
             For each row its text, coordinates printed as text whichever way they came; the boxes with the phrase
-            before each; and what could not be read.
+            before each; what the answer says is not there; and what could not be read.
         """
         sequences, boxes, images = generated.sequences, generated.pred_boxes, generated.ground_image_index
         if sequences is None:
@@ -478,6 +514,7 @@ class ClocMllmProcessor(LlavaProcessor):
             pixels = self.image_processor.geometry(*sizes[image]).boxes_from_model(box).tolist()
             answer.add_box(pixels, sizes[image], image, self.codec)
         answer.text = answer.text.strip()
+        answer.absent = absent_phrases(answer.text)
         return answer
 
 

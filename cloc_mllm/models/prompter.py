@@ -193,29 +193,39 @@ class PrompterLayer(nn.Module):
             image_tokens, key, value, query, scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1, keepdim=True)
         )
 
-    def ask(self, prompts: torch.Tensor, side: ImageSide, table: PromptTable) -> torch.Tensor:
+    def ask(
+        self, prompts: torch.Tensor, side: ImageSide, table: PromptTable, padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The layer's outputs at the prompts' own tokens, ``(R, P, width)``.
 
         Args:
             prompts: ``(R, P, width)`` prompt tokens.
             side: What :meth:`read` gave.
             table: Which image each prompt is about.
+            padding: ``(R, P)`` bool: tokens that nothing attends to. Their own outputs mean nothing.
         """
-        hidden = self._at_prompts(prompts, *self._qkv(prompts), side, table)
+        hidden = self._at_prompts(prompts, *self._qkv(prompts), side, table, padding)
         return hidden + self.fc2(self._inner(hidden))
 
-    def ask_for_mean(self, prompts: torch.Tensor, side: ImageSide, table: PromptTable) -> torch.Tensor:
+    def ask_for_mean(
+        self, prompts: torch.Tensor, side: ImageSide, table: PromptTable, padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The mean of the layer's outputs over prompt and image tokens, ``(R, width)``; arguments as :meth:`ask`.
 
         What follows the activation is linear, so it is done to the mean: half of the MLP's work is saved.
         """
         query, key, value = self._qkv(prompts)
-        at_prompts = self._at_prompts(prompts, query, key, value, side, table)
-        at_image = table.of_rows(side.tokens)[:, None] + self._joined(self._at_image(key, value, side, table))
-        at_image = table.pick(at_image)
-        count = at_prompts.shape[1] + at_image.shape[1]
+        at_prompts = self._at_prompts(prompts, query, key, value, side, table, padding)
+        attended = self._joined(self._at_image(key, value, side, table, padding))
+        at_image = table.pick(table.of_rows(side.tokens)[:, None] + attended)
+        count: int | torch.Tensor = at_prompts.shape[1] + at_image.shape[1]
+        inner_at_prompts = self._inner(at_prompts)
+        if padding is not None:
+            real = ~padding[..., None]
+            at_prompts, inner_at_prompts = at_prompts * real, inner_at_prompts * real
+            count = at_image.shape[1] + real.sum(dim=1)
         hidden = at_prompts.sum(dim=1) + at_image.sum(dim=1)
-        inner = self._inner(at_prompts).sum(dim=1) + self._inner(at_image).sum(dim=1)
+        inner = inner_at_prompts.sum(dim=1) + self._inner(at_image).sum(dim=1)
         return hidden / count + self.fc2(inner / count)
 
     def _at_prompts(
@@ -226,6 +236,7 @@ class PrompterLayer(nn.Module):
         value: torch.Tensor,
         side: ImageSide,
         table: PromptTable,
+        padding: torch.Tensor | None,
     ) -> torch.Tensor:
         """Prompt tokens after attention to themselves and their image, ``(R, P, width)``."""
         scale = query.shape[-1] ** -0.5
@@ -234,19 +245,31 @@ class PrompterLayer(nn.Module):
         to_image = slots.flatten(2, 3) @ table.of_rows(side.key).transpose(-1, -2)
         to_image = table.pick(to_image.unflatten(2, (columns, length)).transpose(1, 2))  # (R, heads, P, N)
         to_own = query @ key.transpose(-1, -2)
+        if padding is not None:
+            to_own = to_own.masked_fill(padding[:, None, None], float("-inf"))
         weights = (torch.cat([to_own, to_image], dim=-1) * scale).softmax(dim=-1)
         of_own, of_image = weights.split([length, weights.shape[-1] - length], dim=-1)
         slots = table.fill(of_image).transpose(1, 2).flatten(2, 3)  # (G, heads, C * P, N)
         read = (slots @ table.of_rows(side.value)).unflatten(2, (columns, length)).transpose(1, 2)
         return prompts + self._joined(table.pick(read) + of_own @ value)
 
-    def _at_image(self, key: torch.Tensor, value: torch.Tensor, side: ImageSide, table: PromptTable) -> torch.Tensor:
+    def _at_image(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        side: ImageSide,
+        table: PromptTable,
+        padding: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Attention of the image tokens to their image and each prompt, ``(G, C, heads, N, head_dim)``."""
         assert side.query is not None
         assert side.attended is not None
         assert side.log_norm is not None
         query, own_norm = table.of_rows(side.query)[:, None], table.of_rows(side.log_norm)[:, None]
         scores = query @ table.fill(key).transpose(-1, -2) * query.shape[-1] ** -0.5  # (G, C, heads, N, P)
+        if padding is not None:
+            # An empty place of the table counts as not padded: a soft-max over nothing would be NaN.
+            scores = scores.masked_fill(table.fill(padding)[:, :, None, None], float("-inf"))
         # The prompt's part of the joint soft-max is the sigmoid of the difference of the log-sum-exps.
         share = torch.sigmoid(scores.logsumexp(dim=-1, keepdim=True) - own_norm)
         return torch.lerp(table.of_rows(side.attended)[:, None], scores.softmax(dim=-1) @ table.fill(value), share)
@@ -314,6 +337,7 @@ class ClocPrompter(nn.Module):
         image_index: torch.Tensor | PromptTable,
         *,
         plain: bool = False,
+        padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pool one feature for each prompt.
 
@@ -323,11 +347,13 @@ class ClocPrompter(nn.Module):
             prompts: ``(R, P, hidden_size)`` prompt tokens from one of the ``embed_*`` methods.
             image_index: ``(R,)`` the image each prompt is about, or the table of them.
             plain: Run the layer on the concatenated sequences, sharing nothing. Slow; the reference for tests.
+            padding: ``(R, P)`` bool, where prompts differ in length: the tokens that are not there. Not with ``plain``.
 
         Returns:
             ``(R, hidden_size)`` pooled features; :attr:`projection` takes them to the shared space.
         """
         if plain:
+            assert padding is None
             assert isinstance(image_tokens, torch.Tensor)
             assert isinstance(image_index, torch.Tensor)
             tokens = self.layer(torch.cat([prompts, self._placed(image_tokens, None)[image_index]], dim=1))
@@ -339,11 +365,16 @@ class ClocPrompter(nn.Module):
         if isinstance(table, torch.Tensor):
             table = PromptTable.of(table, len(side.tokens))
         if self.config.pooling == "prompt":
-            return self.layer_norm(self.layer.ask(prompts, side, table)).mean(dim=1)
+            read = self.layer_norm(self.layer.ask(prompts, side, table, padding))
+            if padding is None:
+                return read.mean(dim=1)
+            real = ~padding[..., None]
+            return (read * real).sum(dim=1) / real.sum(dim=1)
         if self.gradient_checkpointing and self.training:
             # Each prompt has image tokens of its own here, the largest tensors of the whole step: they are made inside.
-            return self.layer_norm(self._gradient_checkpointing_func(self.layer.ask_for_mean, prompts, side, table))
-        return self.layer_norm(self.layer.ask_for_mean(prompts, side, table))
+            mean = self._gradient_checkpointing_func(self.layer.ask_for_mean, prompts, side, table, padding)
+            return self.layer_norm(mean)
+        return self.layer_norm(self.layer.ask_for_mean(prompts, side, table, padding))
 
 
 class RoiAlignPooler(nn.Module):
@@ -361,8 +392,12 @@ class RoiAlignPooler(nn.Module):
 
     def forward(self, image_tokens: torch.Tensor, boxes: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
         """``(B, N, hidden_size)`` tokens and ``(R, 4)`` normalised boxes to ``(R, hidden_size)`` pooled features."""
-        pooled = roi_align(image_tokens, boxes, image_index, self.config.roi_output_size, self.config.has_class_token)
-        return self.layer_norm(pooled.mean(dim=1))
+        return self.layer_norm(self.pool(image_tokens, boxes, image_index))
+
+    def pool(self, image_tokens: torch.Tensor, boxes: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+        """As :meth:`forward`, before the norm."""
+        size, has_class_token = self.config.roi_output_size, self.config.has_class_token
+        return roi_align(image_tokens, boxes, image_index, size, has_class_token).mean(dim=1)
 
 
 def roi_align(
@@ -387,15 +422,35 @@ def roi_align(
     Raises:
         ValueError: If the tokens do not form a square grid.
     """
-    patches = image_tokens[:, 1:] if has_class_token else image_tokens
-    side = _grid_side(patches.shape[1])
-    grid = patches.transpose(1, 2).unflatten(2, (side, side))
     boxes = boxes.to(torch.float32)
     steps = (torch.arange(output_size, device=boxes.device, dtype=torch.float32) + 0.5) / output_size
     x = boxes[:, 0, None] + (boxes[:, 2] - boxes[:, 0])[:, None] * steps
     y = boxes[:, 1, None] + (boxes[:, 3] - boxes[:, 1])[:, None] * steps
     x, y = x[:, None, :].expand(-1, output_size, -1), y[:, :, None].expand(-1, -1, output_size)
-    where = torch.stack([x, y], dim=-1) * 2 - 1  # grid_sample's frame is [-1, 1]
+    return sample_tokens(image_tokens, torch.stack([x, y], dim=-1).flatten(1, 2), image_index, has_class_token)
+
+
+def sample_tokens(
+    image_tokens: torch.Tensor, points: torch.Tensor, image_index: torch.Tensor, has_class_token: bool = True
+) -> torch.Tensor:
+    """Sample a square token grid bilinearly at points.
+
+    Args:
+        image_tokens: ``(B, N, D)`` tokens of a square grid, with a class token in front or not.
+        points: ``(R, P, 2)`` float32 x, y, normalised, model frame.
+        image_index: ``(R,)`` the image of each row of points.
+        has_class_token: Whether the first token is left out.
+
+    Returns:
+        ``(R, P, D)`` sampled tokens.
+
+    Raises:
+        ValueError: If the tokens do not form a square grid.
+    """
+    patches = image_tokens[:, 1:] if has_class_token else image_tokens
+    side = _grid_side(patches.shape[1])
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))
+    where = points[:, None] * 2 - 1  # grid_sample's frame is [-1, 1]
     sampled = functional.grid_sample(
         grid[image_index].to(torch.float32), where, padding_mode="border", align_corners=False
     )

@@ -41,6 +41,8 @@ def assemble_mllm(
     pixel_shuffle_factor: int = 2,
     image_mode: str | None = None,
     image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+    num_region_tokens: int = 1,
+    boxes_per_phrase: int = 1,
     prompter: dict[str, Any] | None = None,
     grounding_init: str = "encoder",
     seed: int = 0,
@@ -62,6 +64,8 @@ def assemble_mllm(
         pixel_shuffle_factor: Patches along each side that ``pixel_shuffle`` makes one token of.
         image_mode: ``pad``, ``resize`` or ``anyres``; default the encoder's.
         image_grid_pinpoints: Resolutions ``[height, width]`` of ``anyres``; default LLaVA-NeXT's for the tower's size.
+        num_region_tokens: Tokens that a region becomes.
+        boxes_per_phrase: Most boxes that the grounding head tells apart for one phrase.
         prompter: Fields of the grounding head's own Prompter, where it should differ from the encoder's.
         grounding_init: ``encoder`` or ``new``: what the head starts from.
         seed: Of the new weights.
@@ -90,6 +94,7 @@ def assemble_mllm(
             pixel_shuffle_factor=pixel_shuffle_factor,
             image_mode=image_mode,
             image_grid_pinpoints=None if image_grid_pinpoints is None else [list(one) for one in image_grid_pinpoints],
+            num_region_tokens=num_region_tokens,
         )
         torch.manual_seed(seed)
         language_model = llm(processor.tokenizer) if callable(llm) else load_language_model(llm)
@@ -105,6 +110,8 @@ def assemble_mllm(
             image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
             grounding_config=own_head,
             grounding_init=grounding_init,
+            num_region_tokens=num_region_tokens,
+            boxes_per_phrase=boxes_per_phrase,
         )
     except ValueError as error:
         raise ClocError(f"encoder and LLM do not go together: {error}", file=tower) from error

@@ -103,6 +103,8 @@ def mllm_skeleton(config: TuneConfig) -> ClocMllmForConditionalGeneration:
             projector_type=options.projector,
             pixel_shuffle_factor=options.pixel_shuffle_factor,
             image_grid_pinpoints=_grid_pinpoints(options, encoder.vision_config.image_size),
+            num_region_tokens=options.num_region_tokens,
+            boxes_per_phrase=options.boxes_per_phrase,
         )
     except StrictDataclassClassValidationError as error:
         raise ClocError(f"encoder and LLM do not go together: {error.__cause__}", file=options.encoder) from error
@@ -212,6 +214,8 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
         pixel_shuffle_factor=options.pixel_shuffle_factor,
         image_mode=options.image_mode,
         image_grid_pinpoints=options.grid_pinpoints,
+        num_region_tokens=options.num_region_tokens,
+        boxes_per_phrase=options.boxes_per_phrase,
         prompter=None if options.grounding_head is None else options.grounding_head.model_dump(),
         grounding_init=options.grounding_init,
         seed=config.run.seed,

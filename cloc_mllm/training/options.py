@@ -340,7 +340,9 @@ class MllmModelOptions(Block):
     pixel_shuffle_factor: Positive = option(2, "pixel_shuffle: patches along each side that become one token")
     region_encoder: Literal["none", "prompter", "roi_align"] = option("prompter", "how a <region> is read")
     region_format: Literal["token", "coords", "both"] = option("both", "how a user's region is written")
+    num_region_tokens: Literal[1, 5, 10, 17] = option(1, "parts: <region> tokens a region: itself, and a grid of parts")
     grounding: Literal["text", "head"] = option("head", "boxes out: as text, or by <ground> and a head")
+    boxes_per_phrase: Positive = option(1, "parts: boxes of one phrase that the grounding head tells apart")
     grounding_head: PrompterOptions | None = option(
         None, "its Prompter; null: as the encoder's, or the paper's default"
     )
@@ -368,6 +370,12 @@ class MllmModelOptions(Block):
     def _needs_encoder(self) -> MllmModelOptions:
         if self.init == "parts" and not self.encoder:
             raise ValueError("'init: parts' needs 'encoder', the export folder of a pre-training run")
+        return self
+
+    @model_validator(mode="after")
+    def _boxes_need_a_head(self) -> MllmModelOptions:
+        if self.boxes_per_phrase > 1 and self.grounding != "head":
+            raise ValueError("'boxes_per_phrase' is the grounding head's: as text, a phrase has what boxes are said")
         return self
 
 

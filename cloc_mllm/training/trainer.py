@@ -30,7 +30,7 @@ from cloc_mllm.training.parts import parameter_groups
 from cloc_mllm.training.steady import SteadyTrainer
 from cloc_mllm.training.stream import TrainLoader
 
-FULL_PRECISION_INPUTS = ("input_boxes", "region_boxes", "ground_boxes")
+FULL_PRECISION_INPUTS = ("input_boxes", "region_boxes", "region_points", "ground_boxes")
 
 
 def training_arguments(

@@ -20,20 +20,23 @@ from tests.harness import run_ranks
 pytestmark = pytest.mark.integration
 
 ALL = [user(image(1), text("what is "), region(3, 4, 20, 25), text("?")), assistant("a ring"), user("where?")]
+SCRIBBLE = {"type": "region", "scribble": [[3, 4], [20, 25], [30, 5]]}
 KINDS: dict[str, Any] = {
-    "all": [*ALL, grounding_turn()],
+    "all": [*ALL, assistant(text("red circle "), region(4, 5, 20, 22), region(9, 9, 30, 20))],
+    "shapes": [user(image(4), text("what is "), SCRIBBLE, region(3, 4, 20, 25)), assistant("a ring")],
     "text only": [user("how many crosses?"), assistant("two")],
     "image only": [user(image(2, 90, 33), text("what?")), assistant("a ring")],
     "no region": [user(image(3), text("where?")), grounding_turn()],
     "no ground": ALL[:2],
 }
-STEPS = [("all", "text only"), ("text only", "image only"), ("no region", "no ground"), ("no ground", "all")]
+STEPS = [("all", "text only"), ("text only", "image only"), ("no region", "shapes"), ("no ground", "all")]
 LEARNING_RATE = 0.05
 
 
 def built(image_mode: str) -> tuple[Any, dict[str, Any]]:
     """The same model and batches on every rank; every part learns."""
-    model, processor = tiny_mllm(region_encoder="prompter", image_mode=image_mode)
+    options = {"num_region_tokens": 5, "boxes_per_phrase": 3}
+    model, processor = tiny_mllm(region_encoder="prompter", image_mode=image_mode, **options)
     batches = {name: model_inputs(processor.encode(turns, return_labels=True)) for name, turns in KINDS.items()}
     for batch in batches.values():
         batch["ground_queries"] = torch.linspace(-1, 1, 24).repeat(len(batch["ground_image_index"]), 1)
@@ -100,6 +103,7 @@ def test_unlike_ranks_train_as_one_process_on_both_batches(stage: int, image_mod
     assert any("region_projector" in name for name in moved)
     assert any("vision_tower" in name for name in moved)
     assert any("image_newline" in name for name in moved) == (image_mode == "anyres")
+    assert any("ordinals" in name for name in moved)
     for weights, evaluated in results:
         for name, value in alone.items():
             torch.testing.assert_close(weights[name], value, atol=2e-6, rtol=1e-4, msg=f"{name} at stage {stage}")

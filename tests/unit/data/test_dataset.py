@@ -7,15 +7,20 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from cloc_mllm.data.check import check_data
+from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset, unique_regions
 from cloc_mllm.data.scenes.generator import generate_scenes
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image
+from tests.builders_mllm import tiny_mllm
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,38 @@ def test_conversations_in_llavas_format(tmp_path: Path) -> None:
     assert [item["type"] for item in dataset[0]["messages"][0]["content"]] == ["image", "text", "region", "text"]
     with pytest.raises(ClocError, match=r"line 2.*wrong number of <region>"):
         dataset[1]
+
+
+def test_shapes_of_a_file_reach_the_processor(tmp_path: Path) -> None:
+    """Paths of masks start at the file, as those of images do; every form passes the check and can be encoded."""
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.eye(30, 40, dtype=bool)).save(tmp_path / "masks" / "m.png")
+    forms: list[dict[str, Any]] = [
+        {"mask": "masks/m.png"},
+        {"mask": {"size": [30, 40], "counts": [30, 60, 1110]}},
+        {"mask": [[1, 1, 9, 1, 9, 9]]},
+        {"scribble": [[1, 2], [30, 4]]},
+    ]
+    talks = [
+        {
+            "id": f"t{number}",
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "whole.png"}, {"type": "region", **form}]},
+                {"role": "assistant", "content": "A cat."},
+            ],
+        }
+        for number, form in enumerate([*forms, {"mask": "masks/none.png"}])
+    ]
+    path = write(tmp_path, talks)
+    dataset = ConversationDataset(path)
+    _, processor = tiny_mllm()
+    batch = ConversationCollator(processor)([dataset[k] for k in range(4)])
+    assert batch["region_boxes"].shape == (4, 4)
+    assert not batch["region_points"].isnan().any()
+    with pytest.raises(ClocError, match=r"line 5.*a mask of message 0: mask '.*none.png' does not exist"):
+        dataset[4]
+    report = check_data(path, progress=False)
+    assert [fault.sample for fault in report.faults] == ["t4 (line 5)"]
 
 
 bags = st.lists(st.sampled_from("abcd"), min_size=1, max_size=3).map(" ".join)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cloc_mllm.data.check import ImageSizes, sample_problems
 from cloc_mllm.data.messages import messages_of, problems_before_messages
-from cloc_mllm.data.schema import box_problems, conversation_problems, raise_first, region_text_problems
+from cloc_mllm.data.schema import box_problems, conversation_problems, raise_first, region_text_problems, shape_problems
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image
 
@@ -110,12 +110,26 @@ def test_region_text_faults(changes: dict[str, Any], message: str) -> None:
         (("messages", 2, "content"), [{"type": "text", "text": " "}], "empty text"),
         (("messages", 1, "content", 1), {"type": "video"}, "item of type 'video'"),
         (("messages", 1, "content", 1), {"type": "text", "text": "a", "txt": 1}, "unknown key 'txt'"),
-        (("messages", 1, "content", 2), {"type": "region"}, "exactly one of 'box' and 'point'"),
+        (("messages", 1, "content", 2), {"type": "region"}, "exactly one of 'box', 'point', 'mask', 'scribble'"),
         (("messages", 1, "content", 2), {"type": "region", "box": [5, 5, 1, 9]}, "x2 < x1"),
         (("messages", 1, "content", 2), {"type": "region", "box": [1, 1, 90, 9]}, "outside the image"),
         (("messages", 1, "content", 2), {"type": "region", "point": [1, 91]}, "outside the image"),
         (("messages", 1, "content", 2, "image"), 1, "is on image 1, but the conversation has 1 images"),
         (("messages", 1, "content", 0), {"type": "text", "text": "Look."}, "is on an image before it"),
+        (
+            ("messages", 1, "content", 2),
+            {"type": "region", "mask": []},
+            "a mask of message 1: the mask has no polygons",
+        ),
+        (("messages", 1, "content", 2), {"type": "region", "mask": "no.png"}, "mask 'no.png' does not exist"),
+        (
+            ("messages", 1, "content", 2),
+            {"type": "region", "mask": {"size": [40, 30], "counts": [0, 1200]}},
+            "the mask is 30 x 40 pixels, but its image is 40 x 30",
+        ),
+        (("messages", 1, "content", 2), {"type": "region", "scribble": [[1, 1], [41, 2]]}, "outside the image"),
+        (("messages", 1, "content", 2), {"type": "region", "scribble": {"points": []}}, "a scribble is a list of"),
+        (("messages", 2, "content", 1), {"type": "region", "scribble": [[1, 1], [2, 2]]}, "holds a scribble"),
         (("messages", 2, "content", 1), {"type": "region", "point": [1, 2]}, "the assistant's and holds a point"),
         (("messages", 2, "content", 1), {"type": "image", "image": "a.png"}, "the assistant's and holds an image"),
         (("messages", 2, "content", 1, "phrase"), "", "the phrase of a region"),
@@ -200,6 +214,15 @@ def test_any_object_is_judged_without_falling_over(sample: dict[str, Any]) -> No
 def test_a_sound_sample_with_any_value_in_one_place_is_judged(key: str, value: Any) -> None:
     base = CONVERSATION if key == "messages" else {**REGION_TEXT, "image": noise_image()}
     assert isinstance(sample_problems({**base, key: value}, None, ImageSizes()), list)
+
+
+@given(
+    st.sampled_from(["mask", "scribble"]),
+    st.one_of(anything, st.fixed_dictionaries({"size": anything, "counts": anything})),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_shape_of_any_value_is_judged(kind: str, value: Any) -> None:
+    assert isinstance(list(shape_problems(kind, value, SIZE, "it")), list)
 
 
 @given(

@@ -287,10 +287,13 @@ def test_a_long_history_forgets_its_first_words_but_not_its_image(processor: Clo
         ([user(image(), region(5, 5, float("nan"), 9))], "is not 4 numbers"),
         ([user(image(), region(5, 5, 9))], "is not 4 numbers"),
         ([user(image(), {"type": "region", "box": None})], r"message 0 \(user\)"),
-        ([user(image(), {"type": "region"})], "exactly one of 'box' and 'point'"),
-        ([user(image(), {"type": "region", "box": BOX, "point": [1, 2]})], "exactly one of 'box' and 'point'"),
+        ([user(image(), {"type": "region"})], "exactly one of 'box', 'point', 'mask', 'scribble'"),
+        (
+            [user(image(), {"type": "region", "box": BOX, "point": [1, 2]})],
+            "exactly one of 'box', 'point', 'mask', 'scribble'",
+        ),
         ([user(image(), {"type": "region", "point": [50, 2]})], "outside the image"),
-        ([user(image()), assistant({"type": "region", "point": [5, 2]})], "answers with boxes, not points"),
+        ([user(image()), assistant({"type": "region", "point": [5, 2]})], "answers with boxes, not with a point"),
         ([user(image()), assistant(region(*BOX, phrase=" "))], "phrase of a region is blank"),
     ],
 )

@@ -103,3 +103,27 @@ def test_checkpointing_keeps_less_and_changes_nothing() -> None:
     per_prompt = len(prompts) * PATCHES * WIDTH
     assert results[0][2] >= per_prompt, "the plain pass keeps every prompt's image tokens"
     assert results[1][2] < per_prompt
+
+
+@pytest.mark.parametrize("pooling", ["mean", "prompt"])
+@pytest.mark.parametrize("index", [[0, 0, 1, 1], [2, 0, 2, 1, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]])
+def test_prompts_of_different_lengths_read_as_each_alone(index: list[int], pooling: str) -> None:
+    """Padding is neither seen nor counted, and no gradient comes of it; an empty place of the table does no harm."""
+    model = prompter(pooling, 2)
+    lengths = [2 + number % 4 for number in range(len(index))]
+    tokens = torch.randn(3, 1 + PATCHES, WIDTH, dtype=torch.float64, requires_grad=True)
+    prompts = torch.randn(len(index), 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    padding = torch.arange(5) >= torch.tensor(lengths)[:, None]
+    together = model(tokens, prompts, torch.tensor(index), padding=padding)
+    alone = torch.cat(
+        [
+            model(tokens[image][None], prompts[number, None, :length], torch.tensor([0]), plain=True)
+            for number, (image, length) in enumerate(zip(index, lengths, strict=True))
+        ]
+    )
+    torch.testing.assert_close(together, alone)
+    weights = torch.randn_like(alone)
+    ours = torch.autograd.grad((together * weights).sum(), [tokens, prompts])
+    theirs = torch.autograd.grad((alone * weights).sum(), [tokens, prompts])
+    for mine, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, wanted)
