@@ -123,6 +123,24 @@ class ClocMllmModel(LlavaModel):
         self._encode_regions(output, region_boxes, region_image_index)
         return output
 
+    def encode_regions(
+        self, image: ClocMllmImageOutput, region_boxes: torch.Tensor, region_image_index: torch.Tensor | None = None
+    ) -> ClocMllmImageOutput:
+        """Encode regions on images that were encoded before; neither tower nor projector runs again.
+
+        Args:
+            image: What :meth:`get_image_features` returned; left as it is.
+            region_boxes: As there.
+            region_image_index: As there.
+
+        Returns:
+            The same images with these regions.
+        """
+        output = ClocMllmImageOutput(**image)
+        output.pooler_output, output.region_features = list(image.pooler_output), None
+        self._encode_regions(output, region_boxes, region_image_index)
+        return output
+
     def _encode_regions(
         self, output: ClocMllmImageOutput, boxes: torch.Tensor | None, image_index: torch.Tensor | None
     ) -> None:
@@ -161,6 +179,7 @@ class ClocMllmModel(LlavaModel):
         ground_image_index: torch.Tensor | None = None,
         ground_queries: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
+        predict_boxes: bool | None = None,
         **kwargs: Any,
     ) -> ClocMllmModelOutputWithPast:
         """Run every part; the inputs are those of :class:`ClocMllmForConditionalGeneration`."""
@@ -175,9 +194,13 @@ class ClocMllmModel(LlavaModel):
         first = past_key_values is None or past_key_values.get_seq_length() == 0
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image is None and (pixel_values is not None or (first and self._runs_every_part())):
+        if image is not None and region_boxes is not None:
+            image = self.encode_regions(image, region_boxes, region_image_index)
+        # What was encoded beforehand, if it is nothing, was so on every rank: then no dummy is needed here.
+        needs_dummy = first and mm_encoder_outputs is None and self._runs_every_part()
+        if image is None and (pixel_values is not None or needs_dummy):
             image = self.get_image_features(
-                self._blank_image(inputs_embeds) if pixel_values is None else pixel_values,
+                self.blank_image() if pixel_values is None else pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
@@ -202,13 +225,16 @@ class ClocMllmModel(LlavaModel):
             image_hidden_states=None if image is None or is_dummy else torch.cat(image.pooler_output),
         )
         # While generating (features come ready-made) nobody asks for boxes: `generate_grounded` does, at the end.
-        if self.grounding_head is not None and first and input_ids is not None and mm_encoder_outputs is None:
+        asked = mm_encoder_outputs is None if predict_boxes is None else predict_boxes
+        if self.grounding_head is not None and first and input_ids is not None and asked:
             self._ground(result, input_ids, image, is_dummy, ground_image_index, ground_queries)
         return result
 
-    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
+    def blank_image(self) -> torch.Tensor:
+        """``(1, 3, H, W)`` of zeros: what is encoded where there is no image but every rank has to encode one."""
         vision = self.config.vision_config
-        return like.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        size = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
 
     def placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -347,7 +373,9 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
     * ``labels`` ``(B, T)``, -100 where nothing is learnt; ``<ground>`` is learnt as any other token;
     * ``ground_image_index`` ``(G,)``, the image each ``<ground>`` is about; default the last one shown before it;
     * ``ground_queries`` ``(G, D)``, text embeddings of the grounded phrases: the head localises them too;
-    * ``mm_encoder_outputs``: image features made beforehand, by ``generate``.
+    * ``mm_encoder_outputs``: ``{"image": what get_image_features returned}`` in place of ``pixel_values``, as
+      ``generate`` gives it; ``region_boxes`` beside it are read on those images;
+    * ``predict_boxes``: whether every ``<ground>`` gets its box; default: unless ``mm_encoder_outputs`` is given.
 
     Further keyword arguments reach the language model and the loss (``num_items_in_batch``).
     """
@@ -461,6 +489,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         ground_image_index: torch.Tensor | None = None,
         ground_queries: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
+        predict_boxes: bool | None = None,
         **kwargs: Any,
     ) -> ClocMllmCausalLMOutputWithPast:
         """Run the model; see the class for the inputs.
@@ -483,6 +512,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             ground_image_index=ground_image_index,
             ground_queries=ground_queries,
             mm_encoder_outputs=mm_encoder_outputs,
+            predict_boxes=predict_boxes,
             return_dict=True,
             **kwargs,
         )
