@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,24 +59,33 @@ class FeatureCache:
             self._bytes = 0
 
     @torch.no_grad()
-    def features(self, pixel_values: torch.Tensor) -> ClocMllmImageOutput:
+    def features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> ClocMllmImageOutput:
         """Encode images, or remember what they were encoded to.
 
         Args:
-            pixel_values: ``(I, 3, H, W)`` from the processor, on any device.
+            pixel_values: ``(I, 3, H, W)`` from the processor, on any device; or a row for each tile.
+            image_sizes: ``(I, 2)`` of the originals, where the processor gives them.
+            rows: How many rows of ``pixel_values`` each image takes; default one.
 
         Returns:
             What ``get_image_features`` gives for them, without regions.
         """
+        pixels = pixel_values.split([1] * len(pixel_values) if rows is None else list(rows))
+        sizes = [None] * len(pixels) if image_sizes is None else list(image_sizes.split(1))
+        images = list(zip(pixels, sizes, strict=True))
         with self._lock:  # two threads that ask about one picture encode it once
-            keys = [_digest(one) for one in pixel_values]
+            keys = [_digest(*image) for image in images]
             found = {key: self._entries[key] for key in keys if key in self._entries}
-            absent = {key: number for number, key in reversed(list(enumerate(keys))) if key not in found}
+            absent = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
             self.hits += len(keys) - len(absent)
             self.misses += len(absent)
             if absent:
-                new = self._encode(pixel_values[sorted(absent.values())])
-                found |= dict(zip(sorted(absent, key=absent.__getitem__), new, strict=True))
+                found |= dict(zip(absent, self._encode(list(absent.values())), strict=True))
             for key in keys:
                 self._keep(key, found[key])
             several = [found[key] for key in keys]
@@ -84,9 +94,12 @@ class FeatureCache:
             pooler_output=[one.pooler_output[0] for one in several],
         )
 
-    def _encode(self, pixel_values: torch.Tensor) -> list[ClocMllmImageOutput]:
+    def _encode(self, images: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> list[ClocMllmImageOutput]:
         """Features of images, one by one, each in memory of its own."""
-        output = self._model.base_model.get_image_features(pixel_values.to(self._model.device))
+        pixel_values = torch.cat([pixels for pixels, _ in images]).to(self._model.device)
+        sizes = [size for _, size in images if size is not None]
+        options = {"image_sizes": torch.cat(sizes).to(self._model.device)} if sizes else {}
+        output = self._model.base_model.get_image_features(pixel_values, **options)
         return [
             ClocMllmImageOutput(last_hidden_state=tokens[None].clone(), pooler_output=[projected.clone()])
             for tokens, projected in zip(output.last_hidden_state, output.pooler_output, strict=True)
@@ -105,9 +118,14 @@ class FeatureCache:
             self._bytes -= _size(self._entries.popitem(last=False)[1])
 
 
-def _digest(pixels: torch.Tensor) -> bytes:
-    """Tells images apart by every bit that the tower sees."""
-    return hashlib.blake2b(pixels.cpu().contiguous().view(torch.uint8).numpy().data, digest_size=16).digest()
+def _digest(pixels: torch.Tensor, size: torch.Tensor | None) -> bytes:
+    """Tells images apart by every bit that the tower sees, and by how they lay in it."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in (pixels, size):
+        if part is not None:
+            state.update(repr(tuple(part.shape)).encode())
+            state.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    return state.digest()
 
 
 def _size(entry: ClocMllmImageOutput) -> int:

@@ -32,6 +32,10 @@ MODEL_TYPE = "cloc_mllm"
 BATCH_SIZE = 16
 """Questions that are answered, and pictures that are encoded, together."""
 
+BOXES_AT_ONCE = 64
+"""Boxes that are embedded together: with mean pooling each takes image tokens of its own, 5 MiB with a ViT-B/16."""
+_IMAGES = ("pixel_values", "image_sizes")
+
 Conversation = Sequence[Mapping[str, Any]]
 
 
@@ -344,8 +348,12 @@ class Predictor:
         inputs, _ = self._prepare([_turn(picture, question_items("?")) for picture in pictures], 1)
         tokens = self.model.encode_inputs(inputs)["mm_encoder_outputs"]["image"].last_hidden_state
         index = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
-        embeds = inner.prompter(tokens, torch.cat(list(boxes)).to(tokens.device), index.to(tokens.device))
-        return list(functional.normalize(embeds.float(), dim=-1).split(counts))
+        parts = []
+        for some, of_some in zip(torch.cat(list(boxes)).split(BOXES_AT_ONCE), index.split(BOXES_AT_ONCE), strict=True):
+            first, last = int(of_some[0]), int(of_some[-1])
+            some, of_some = some.to(tokens.device), (of_some - first).to(tokens.device)
+            parts.append(inner.prompter(tokens[first : last + 1], some, of_some))
+        return list(functional.normalize(torch.cat(parts).float(), dim=-1).split(counts))
 
     def _boxes(self, picture: Any, regions: Sequence[Any]) -> torch.Tensor:
         """``(R, 4)`` boxes and points of a picture in the model frame; a point is a box of no size."""
@@ -421,10 +429,12 @@ class Predictor:
         sizes = inputs.pop("original_sizes")
         # Under ZeRO-3 every rank has to run the tower in every call, whatever it remembers.
         may_remember = "pixel_values" in inputs and not is_deepspeed_zero3_enabled()
-        pixels = inputs.pop("pixel_values") if may_remember else None
+        images = {name: inputs.pop(name) for name in _IMAGES if may_remember and name in inputs}
         data = dict(inputs.to(self.model.device))
-        if pixels is not None:
-            data["mm_encoder_outputs"] = {"image": self.cache.features(pixels)}
+        if images:
+            of_all = [(height, width) for of_one in sizes for width, height in of_one]
+            rows = self.processor._get_num_multimodal_tokens(of_all).num_image_patches
+            data["mm_encoder_outputs"] = {"image": self.cache.features(**images, rows=rows)}
         return data, sizes
 
 

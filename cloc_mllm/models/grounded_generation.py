@@ -78,7 +78,7 @@ class GroundedGenerationMixin(GenerationMixin):
             raise ValueError(f"{len(regions['region_boxes'])} regions were given, but no image for them to be on")
         elif is_deepspeed_zero3_enabled():
             # Weights are gathered by all ranks together, in one order: whoever has no image encodes a blank one.
-            base.get_image_features(base.blank_image())
+            base.encode_blank_image()
         return {**rest, "mm_encoder_outputs": {} if image is None else {"image": image}}
 
     def prepare_inputs_for_generation(

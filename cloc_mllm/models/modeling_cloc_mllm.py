@@ -14,6 +14,7 @@ ranks would otherwise wait for each other for ever, or silently sum gradients of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -123,22 +124,22 @@ class ClocMllmModel(LlavaModel):
         self._encode_regions(output, region_boxes, region_image_index)
         return output
 
-    def encode_regions(
-        self, image: ClocMllmImageOutput, region_boxes: torch.Tensor, region_image_index: torch.Tensor | None = None
-    ) -> ClocMllmImageOutput:
+    def encode_regions(self, image: ClocMllmImageOutput, **regions: Any) -> ClocMllmImageOutput:
         """Encode regions on images that were encoded before; neither tower nor projector runs again.
 
         Args:
             image: What :meth:`get_image_features` returned; left as it is.
-            region_boxes: As there.
-            region_image_index: As there.
+            **regions: The arguments of that method that are about regions.
 
         Returns:
             The same images with these regions.
         """
         output = ClocMllmImageOutput(**image)
         output.pooler_output, output.region_features = list(image.pooler_output), None
-        self._encode_regions(output, region_boxes, region_image_index)
+        names = [name for name in inspect.signature(self.get_image_features).parameters if name.startswith("region_")]
+        self._encode_regions(output, *(regions.pop(name, None) for name in names))
+        if regions:
+            raise TypeError(f"regions take no {', '.join(regions)}")
         return output
 
     def _encode_regions(
@@ -195,12 +196,12 @@ class ClocMllmModel(LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image is not None and region_boxes is not None:
-            image = self.encode_regions(image, region_boxes, region_image_index)
+            image = self.encode_regions(image, region_boxes=region_boxes, region_image_index=region_image_index)
         # What was encoded beforehand, if it is nothing, was so on every rank: then no dummy is needed here.
         needs_dummy = first and mm_encoder_outputs is None and self._runs_every_part()
         if image is None and (pixel_values is not None or needs_dummy):
             image = self.get_image_features(
-                self.blank_image() if pixel_values is None else pixel_values,
+                self._blank_image(inputs_embeds) if pixel_values is None else pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
@@ -230,11 +231,13 @@ class ClocMllmModel(LlavaModel):
             self._ground(result, input_ids, image, is_dummy, ground_image_index, ground_queries)
         return result
 
-    def blank_image(self) -> torch.Tensor:
-        """``(1, 3, H, W)`` of zeros: what is encoded where there is no image but every rank has to encode one."""
+    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
-        size = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        return like.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+
+    def encode_blank_image(self) -> None:
+        """Encode an image of nothing: for a rank that has none, where others encode theirs (ZeRO-3)."""
+        self.get_image_features(self._blank_image(torch.zeros(0, dtype=self.dtype, device=self.device)))
 
     def placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None

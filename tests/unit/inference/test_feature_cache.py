@@ -12,6 +12,7 @@ import torch
 
 from cloc_mllm.inference.feature_cache import MIB, FeatureCache
 from cloc_mllm.inference.predictor import Predictor
+from cloc_mllm.models.outputs_cloc_mllm import ClocMllmImageOutput
 from tests.builders import noise_image
 from tests.builders_mllm import assistant, grounding_turn, image, region, text, user
 from tests.unit.inference.test_predictor import QUESTIONS
@@ -149,3 +150,43 @@ def test_threads_share_it(mllm: tuple[Any, Any]) -> None:
         for thread in threads:
             thread.join()
     assert calls == [2]
+
+
+class TiledModel:
+    """Stands for a model whose images are several rows each: features say which rows and size they were made of."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.base_model = self
+        self.encoded: list[int] = []
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> ClocMllmImageOutput:
+        self.encoded.append(len(image_sizes))
+        rows = list(pixel_values.split((image_sizes[:, 0] // 10).tolist()))
+        return ClocMllmImageOutput(
+            last_hidden_state=torch.stack([of_one[0].flatten()[None] for of_one in rows]),
+            pooler_output=[
+                torch.cat([of_one.flatten(1), size.expand(len(of_one), 2)], dim=1)
+                for of_one, size in zip(rows, image_sizes, strict=True)
+            ],
+        )
+
+
+def test_images_of_several_rows() -> None:
+    model = TiledModel()
+    cache = FeatureCache(model)
+    one, two, three = torch.rand(1, 3, 2, 2), torch.rand(2, 3, 2, 2), torch.rand(3, 3, 2, 2)
+
+    def ask(*images: tuple[torch.Tensor, int]) -> list[torch.Tensor]:
+        sizes = torch.tensor([[10 * len(pixels), width] for pixels, width in images])
+        pixels = torch.cat([pixels for pixels, _ in images])
+        found = cache.features(pixels, sizes, [len(pixels) for pixels, _ in images]).pooler_output
+        expected = TiledModel().get_image_features(pixels, sizes).pooler_output
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        return found
+
+    assert [len(of_one) for of_one in ask((two, 7), (one, 7), (two, 7))] == [2, 1, 2]
+    ask((three, 7), (one, 7), (two, 8))  # the same pixels of another size are another image
+    ask((two, 7), (two, 8), (three, 7))
+    assert model.encoded == [2, 2]

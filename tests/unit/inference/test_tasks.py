@@ -158,6 +158,23 @@ def test_embeddings_are_the_encoders(predictor: Predictor) -> None:
     torch.testing.assert_close(many[18], many[0])
 
 
+def test_thousands_of_boxes_are_embedded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor(*tiny_mllm())
+    corner = torch.rand(150, 2, generator=torch.Generator().manual_seed(0)) * 9
+    boxes = torch.cat([corner, corner + 8], dim=1)
+    asked = [boxes[:100], boxes[100:], [], boxes[:3]]
+    scenes = [SCENES[0], SCENES[1], SCENES[0], SCENES[1]]
+    seen: list[int] = []
+    hook = predictor.model.model.prompter.register_forward_pre_hook(lambda module, args: seen.append(len(args[1])))
+    found = predictor.embed_regions(scenes, asked)
+    assert seen == [64, 64, 25]
+    monkeypatch.setattr(module, "BOXES_AT_ONCE", 1000)
+    for ours, theirs in zip(found, predictor.embed_regions(scenes, asked), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert seen[3:] == [153]
+    hook.remove()
+
+
 def test_embeddings_in_bf16_are_float32_and_close() -> None:
     model, processor = tiny_mllm()
     expected = Predictor(model, processor).embed_regions(SCENES[0], BOXES)
