@@ -99,7 +99,7 @@ class FeatureCache:
         pixel_values = torch.cat([pixels for pixels, _ in images]).to(self._model.device)
         sizes = [size for _, size in images if size is not None]
         options = {"image_sizes": torch.cat(sizes).to(self._model.device)} if sizes else {}
-        output = self._model.base_model.get_image_features(pixel_values, **options)
+        output = self._model.get_image_features(pixel_values, **options)
         return [
             ClocMllmImageOutput(last_hidden_state=tokens[None].clone(), pooler_output=[projected.clone()])
             for tokens, projected in zip(output.last_hidden_state, output.pooler_output, strict=True)

@@ -26,6 +26,7 @@ from cloc_mllm.inference.stream import AnswerStream
 from cloc_mllm.inference.templates import Templates, is_region, question_items, region_item
 from cloc_mllm.models.answer_text import AnswerText as Answer
 from cloc_mllm.models.conversation_cloc_mllm import ConversationError
+from cloc_mllm.models.modeling_cloc_mllm import ClocMllmModel
 from cloc_mllm.models.processing_cloc import check_prompt
 
 MODEL_TYPE = "cloc_mllm"
@@ -324,8 +325,7 @@ class Predictor:
         Raises:
             ClocError: As :meth:`describe`, and if the model has no region encoder.
         """
-        inner = self.model.base_model
-        if inner.prompter is None:
+        if self._inner.prompter is None:
             raise ClocError(
                 "this model has no region encoder (region_encoder is 'none'): it embeds no regions",
                 remedy="Use a model with a Prompter, or the encoder it was made with.",
@@ -341,12 +341,13 @@ class Predictor:
 
     def _embed(self, pictures: Sequence[Any], boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Embeddings of the boxes of each picture, boxes in the model frame."""
-        inner, counts = self.model.base_model, [len(of_one) for of_one in boxes]
+        inner, counts = self._inner, [len(of_one) for of_one in boxes]
         if not sum(counts):
             width = inner.config.prompter_config.projection_dim
             return [torch.zeros(0, width, device=self.model.device) for _ in boxes]
         inputs, _ = self._prepare([_turn(picture, question_items("?")) for picture in pictures], 1)
         tokens = self.model.encode_inputs(inputs)["mm_encoder_outputs"]["image"].last_hidden_state
+        assert inner.prompter is not None  # the caller has looked
         index = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
         parts = []
         for some, of_some in zip(torch.cat(list(boxes)).split(BOXES_AT_ONCE), index.split(BOXES_AT_ONCE), strict=True):
@@ -354,6 +355,11 @@ class Predictor:
             some, of_some = some.to(tokens.device), (of_some - first).to(tokens.device)
             parts.append(inner.prompter(tokens[first : last + 1], some, of_some))
         return list(functional.normalize(torch.cat(parts).float(), dim=-1).split(counts))
+
+    @property
+    def _inner(self) -> ClocMllmModel:
+        """The model without its head, within adapters or not."""
+        return next(module for module in self.model.modules() if isinstance(module, ClocMllmModel))
 
     def _boxes(self, picture: Any, regions: Sequence[Any]) -> torch.Tensor:
         """``(R, 4)`` boxes and points of a picture in the model frame; a point is a box of no size."""

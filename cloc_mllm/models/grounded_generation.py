@@ -71,15 +71,25 @@ class GroundedGenerationMixin(GenerationMixin):
         if image is not None and "pixel_values" in given:
             raise ValueError("give either pixel_values or mm_encoder_outputs, not both")
         if image is not None:
-            image = base.encode_regions(image, **regions) if regions else image
+            image = self._with_regions(image, regions) if regions else image
         elif "pixel_values" in given:
             image = base.get_image_features(**given)
         elif regions.get("region_boxes") is not None and len(regions["region_boxes"]):
             raise ValueError(f"{len(regions['region_boxes'])} regions were given, but no image for them to be on")
         elif is_deepspeed_zero3_enabled():
             # Weights are gathered by all ranks together, in one order: whoever has no image encodes a blank one.
-            base.encode_blank_image()
+            base.get_image_features(base._blank_image(torch.zeros(0, dtype=base.dtype, device=base.device)))
         return {**rest, "mm_encoder_outputs": {} if image is None else {"image": image}}
+
+    def _with_regions(self, image: ClocMllmImageOutput, regions: dict[str, Any]) -> ClocMllmImageOutput:
+        """Images that were encoded before, left as they are, with regions encoded on them."""
+        output = ClocMllmImageOutput(**image)
+        output.pooler_output, output.region_features = list(image.pooler_output), None
+        # `_encode_regions` takes what `get_image_features` takes of regions, in the same order.
+        parameters = inspect.signature(self.base_model.get_image_features).parameters
+        names = [name for name in parameters if name.startswith("region_")]
+        self.base_model._encode_regions(output, *(regions.get(name) for name in names))
+        return output
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any

@@ -14,7 +14,6 @@ ranks would otherwise wait for each other for ever, or silently sum gradients of
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -124,24 +123,6 @@ class ClocMllmModel(LlavaModel):
         self._encode_regions(output, region_boxes, region_image_index)
         return output
 
-    def encode_regions(self, image: ClocMllmImageOutput, **regions: Any) -> ClocMllmImageOutput:
-        """Encode regions on images that were encoded before; neither tower nor projector runs again.
-
-        Args:
-            image: What :meth:`get_image_features` returned; left as it is.
-            **regions: The arguments of that method that are about regions.
-
-        Returns:
-            The same images with these regions.
-        """
-        output = ClocMllmImageOutput(**image)
-        output.pooler_output, output.region_features = list(image.pooler_output), None
-        names = [name for name in inspect.signature(self.get_image_features).parameters if name.startswith("region_")]
-        self._encode_regions(output, *(regions.pop(name, None) for name in names))
-        if regions:
-            raise TypeError(f"regions take no {', '.join(regions)}")
-        return output
-
     def _encode_regions(
         self, output: ClocMllmImageOutput, boxes: torch.Tensor | None, image_index: torch.Tensor | None
     ) -> None:
@@ -195,8 +176,6 @@ class ClocMllmModel(LlavaModel):
         first = past_key_values is None or past_key_values.get_seq_length() == 0
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image is not None and region_boxes is not None:
-            image = self.encode_regions(image, region_boxes=region_boxes, region_image_index=region_image_index)
         # What was encoded beforehand, if it is nothing, was so on every rank: then no dummy is needed here.
         needs_dummy = first and mm_encoder_outputs is None and self._runs_every_part()
         if image is None and (pixel_values is not None or needs_dummy):
@@ -234,10 +213,6 @@ class ClocMllmModel(LlavaModel):
     def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
         return like.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-
-    def encode_blank_image(self) -> None:
-        """Encode an image of nothing: for a rank that has none, where others encode theirs (ZeRO-3)."""
-        self.get_image_features(self._blank_image(torch.zeros(0, dtype=self.dtype, device=self.device)))
 
     def placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -376,8 +351,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
     * ``labels`` ``(B, T)``, -100 where nothing is learnt; ``<ground>`` is learnt as any other token;
     * ``ground_image_index`` ``(G,)``, the image each ``<ground>`` is about; default the last one shown before it;
     * ``ground_queries`` ``(G, D)``, text embeddings of the grounded phrases: the head localises them too;
-    * ``mm_encoder_outputs``: ``{"image": what get_image_features returned}`` in place of ``pixel_values``, as
-      ``generate`` gives it; ``region_boxes`` beside it are read on those images;
+    * ``mm_encoder_outputs``: images and regions encoded beforehand, by :meth:`encode_inputs`;
     * ``predict_boxes``: whether every ``<ground>`` gets its box; default: unless ``mm_encoder_outputs`` is given.
 
     Further keyword arguments reach the language model and the loss (``num_items_in_batch``).

@@ -158,7 +158,6 @@ class TiledModel:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.base_model = self
         self.encoded: list[int] = []
 
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> ClocMllmImageOutput:

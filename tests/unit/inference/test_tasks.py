@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 from cloc_mllm.errors import ClocError
@@ -248,3 +249,13 @@ def test_options_reach_generate(predictor: Predictor) -> None:
     beams = processor.post_process_grounding(model.generate_grounded(**inputs, max_new_tokens=6, num_beams=3), sizes)
     same(predictor.chat([question], max_new_tokens=6, num_beams=3)[0], beams[0])
     assert beams[0].text != predictor.chat([question], max_new_tokens=6)[0].text
+
+
+def test_a_model_with_an_adapter_answers_too() -> None:
+    model, processor = tiny_mllm()
+    expected = Predictor(model, processor)
+    name, embeds = expected.refer(SCENES[0], BOXES[0], max_new_tokens=6), expected.embed_regions(SCENES[0], BOXES)
+    pattern = r".*language_model.*\.(q_proj|v_proj)"
+    adapted = Predictor(get_peft_model(model, LoraConfig(target_modules=pattern, r=2)), processor)
+    same(adapted.refer(SCENES[0], BOXES[0], max_new_tokens=6), name)
+    torch.testing.assert_close(adapted.embed_regions(SCENES[0], BOXES), embeds)

@@ -108,16 +108,16 @@ def test_features_made_beforehand_serve_any_number_of_calls(mllm: tuple[Any, Any
         assert len(images.pooler_output) == len(kept)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(images.pooler_output, kept, strict=True))
         assert images.region_features is None
+    plain = {name: value for name, value in batch.items() if name != "ground_image_index"}
+    encoded = model.encode_inputs({name: value for name, value in ready.items() if name != "ground_image_index"})
     with torch.no_grad():
-        rest = {name: value for name, value in ready.items() if name != "ground_image_index"}
-        plain = {name: value for name, value in batch.items() if name != "ground_image_index"}
-        expected = model(**plain)
-        torch.testing.assert_close(model(**rest).logits, expected.logits)
-        boxes = model(**rest, predict_boxes=True).pred_boxes
+        expected, found = model(**plain), model(**encoded)
+        torch.testing.assert_close(found.logits, expected.logits)
+        boxes = model(**encoded, predict_boxes=True).pred_boxes
     assert (boxes is None) == (expected.pred_boxes is None)
     if boxes is not None:
         torch.testing.assert_close(boxes, expected.pred_boxes)
-        assert model(**rest).pred_boxes is None
+        assert found.pred_boxes is None
 
 
 def test_images_given_both_ways_are_refused(mllm: tuple[Any, Any], batch: dict[str, Any]) -> None:
