@@ -7,6 +7,8 @@ encoded once, however many turns, questions and regions are about it.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -27,14 +29,13 @@ from cloc_mllm.inference.templates import Templates, is_region, question_items, 
 from cloc_mllm.models.answer_text import AnswerText as Answer
 from cloc_mllm.models.conversation_cloc_mllm import ConversationError
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmModel
-from cloc_mllm.models.processing_cloc import check_prompt
 
 MODEL_TYPE = "cloc_mllm"
 BATCH_SIZE = 16
 """Questions that are answered, and pictures that are encoded, together."""
 
-BOXES_AT_ONCE = 64
-"""Boxes that are embedded together: with mean pooling each takes image tokens of its own, 5 MiB with a ViT-B/16."""
+REGIONS_AT_ONCE = 64
+"""Regions that are embedded together: with mean pooling each takes image tokens of its own, 5 MiB with a ViT-B/16."""
 _IMAGES = ("pixel_values", "image_sizes")
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -316,8 +317,7 @@ class Predictor:
 
         Args:
             image: One picture or a list.
-            regions: R boxes ``[x1, y1, x2, y2]`` and points ``[x, y]``, or one; for a list of pictures, a list with
-                those of each.
+            regions: R regions as in :meth:`describe`, or one; for a list of pictures, a list with those of each.
 
         Returns:
             ``(R, D)`` float32, L2-normalised, on the model's device; for a list of pictures, a list of such.
@@ -332,50 +332,38 @@ class Predictor:
             )
         several, pictures, groups = _paired(image, regions, is_region)
         listed = [[group] if is_region(group) else _listed(group) for group in groups]
-        boxes = [self._boxes(picture, group) for picture, group in zip(pictures, listed, strict=True)]
         embeds: list[torch.Tensor] = []
         for start in range(0, len(pictures), BATCH_SIZE):
             some = slice(start, start + BATCH_SIZE)
-            embeds += self._embed(pictures[some], boxes[some])
+            embeds += self._embed(pictures[some], listed[some], start)
         return embeds if several else embeds[0]
 
-    def _embed(self, pictures: Sequence[Any], boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Embeddings of the boxes of each picture, boxes in the model frame."""
-        inner, counts = self._inner, [len(of_one) for of_one in boxes]
+    def _embed(self, pictures: Sequence[Any], regions: Sequence[list[Any]], first: int) -> list[torch.Tensor]:
+        """Embeddings of the regions of each picture."""
+        inner, counts = self._inner, [len(of_one) for of_one in regions]
+        items = [[region_item(one) for one in of_one] or question_items("?") for of_one in regions]
         if not sum(counts):
             width = inner.config.prompter_config.projection_dim
-            return [torch.zeros(0, width, device=self.model.device) for _ in boxes]
-        inputs, _ = self._prepare([_turn(picture, question_items("?")) for picture in pictures], 1)
+            return [torch.zeros(0, width, device=self.model.device) for _ in regions]
+        # The processor places regions of any kind, whether or not the language model is told of them by tokens.
+        processor = copy.copy(self.processor)
+        processor.region_format = "token"
+        turns = [_turn(picture, of_one) for picture, of_one in zip(pictures, items, strict=True)]
+        inputs, _ = self._encoded(processor, turns, None, first)
+        names = [name for name in inspect.signature(inner.get_image_features).parameters if name.startswith("region_")]
+        given = [inputs.pop(name).split(REGIONS_AT_ONCE) for name in names if name in inputs]
         tokens = self.model.encode_inputs(inputs)["mm_encoder_outputs"]["image"].last_hidden_state
         assert inner.prompter is not None  # the caller has looked
-        index = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
         parts = []
-        for some, of_some in zip(torch.cat(list(boxes)).split(BOXES_AT_ONCE), index.split(BOXES_AT_ONCE), strict=True):
-            first, last = int(of_some[0]), int(of_some[-1])
-            some, of_some = some.to(tokens.device), (of_some - first).to(tokens.device)
-            parts.append(inner.prompter(tokens[first : last + 1], some, of_some))
+        for boxes, index, *more in zip(*given, strict=True):
+            low, high = int(index[0]), int(index[-1])
+            parts.append(inner.prompter(tokens[low : high + 1], boxes, index - low, *more))
         return list(functional.normalize(torch.cat(parts).float(), dim=-1).split(counts))
 
     @property
     def _inner(self) -> ClocMllmModel:
         """The model without its head, within adapters or not."""
         return next(module for module in self.model.modules() if isinstance(module, ClocMllmModel))
-
-    def _boxes(self, picture: Any, regions: Sequence[Any]) -> torch.Tensor:
-        """``(R, 4)`` boxes and points of a picture in the model frame; a point is a box of no size."""
-        pixels = [torch.zeros(0, 4)]
-        for number, region in enumerate(regions):
-            item = region_item(region)
-            kind = "box" if "box" in item else "point"
-            if kind not in item:
-                raise ClocError("a region to embed is a box or a point", sample=number)
-            try:
-                check_prompt(item[kind], picture.width, picture.height, 4 if kind == "box" else 2)
-            except ValueError as error:
-                raise ClocError(str(error), sample=number) from error
-            corners = [float(value) for value in item[kind]] * (1 if kind == "box" else 2)
-            pixels.append(torch.tensor([corners], dtype=torch.float64))
-        return self.processor.image_processor.geometry(*picture.size).boxes_to_model(torch.cat(pixels))
 
     def _each(
         self,
@@ -423,12 +411,15 @@ class Predictor:
                 ready.append(with_pictures(conversation))
             except ClocError as error:
                 raise ClocError(error.problem, file=error.file, sample=number, remedy=error.remedy) from error
+        return self._encoded(self.processor, ready, None if limit is None else max(1, limit - max_new_tokens), first)
+
+    def _encoded(
+        self, processor: Any, conversations: Sequence[Conversation], max_length: int | None, first: int
+    ) -> tuple[dict[str, Any], list[list[tuple[int, int]]]]:
+        """As :meth:`_prepare`, of conversations in order."""
         try:
-            inputs = self.processor.encode(
-                ready,
-                add_generation_prompt=True,
-                return_original_sizes=True,
-                max_length=None if limit is None else max(1, limit - max_new_tokens),
+            inputs = processor.encode(
+                conversations, add_generation_prompt=True, return_original_sizes=True, max_length=max_length
             )
         except ConversationError as error:
             raise ClocError(error.problem, sample=first + error.index) from error
@@ -439,7 +430,7 @@ class Predictor:
         data = dict(inputs.to(self.model.device))
         if images:
             of_all = [(height, width) for of_one in sizes for width, height in of_one]
-            rows = self.processor._get_num_multimodal_tokens(of_all).num_image_patches
+            rows = processor._get_num_multimodal_tokens(of_all).num_image_patches
             data["mm_encoder_outputs"] = {"image": self.cache.features(**images, rows=rows)}
         return data, sizes
 

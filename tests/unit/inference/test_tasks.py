@@ -169,7 +169,7 @@ def test_thousands_of_boxes_are_embedded_a_few_at_a_time(monkeypatch: pytest.Mon
     hook = predictor.model.model.prompter.register_forward_pre_hook(lambda module, args: seen.append(len(args[1])))
     found = predictor.embed_regions(scenes, asked)
     assert seen == [64, 64, 25]
-    monkeypatch.setattr(module, "BOXES_AT_ONCE", 1000)
+    monkeypatch.setattr(module, "REGIONS_AT_ONCE", 1000)
     for ours, theirs in zip(found, predictor.embed_regions(scenes, asked), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert seen[3:] == [153]
@@ -198,7 +198,7 @@ def test_embeddings_in_bf16_are_float32_and_close() -> None:
         (lambda p: p.refer(SCENES[0], BOXES, "what is <region>?"), "the question holds 1, 2 regions are given"),
         (lambda p: p.ground(SCENES[0], ["ring", ""]), "there is no phrase to look for"),
         (lambda p: p.embed_regions(SCENES[0], [[3, 3, 99, 9]]), "outside the image of 40 x 30 pixels"),
-        (lambda p: p.embed_regions(SCENES[0], [{"mask": "m.png"}]), "a region to embed is a box or a point"),
+        (lambda p: p.embed_regions(SCENES[0], [{"blob": "m.png"}]), "a region has exactly one of"),
         (lambda p: p.embed_regions(SCENES, [BOXES]), "2 pictures, but prompts for 1"),
         (lambda p: p.chat([[user("hi")], [user({"type": "image", "image": "no://x"})]]), "sample '1'"),
     ],
@@ -213,6 +213,13 @@ def test_no_region_encoder_no_embedding() -> None:
     with pytest.raises(ClocError, match="embeds no regions"):
         predictor.embed_regions(SCENES[0], BOXES)
     assert predictor.refer(SCENES[0], BOXES[0], max_new_tokens=4).text is not None
+
+
+def test_a_model_that_is_told_of_regions_as_coordinates_embeds_them_alike() -> None:
+    expected = Predictor(*tiny_mllm()).embed_regions(SCENES[0], BOXES)
+    predictor = Predictor(*tiny_mllm(region_format="coords"))
+    torch.testing.assert_close(predictor.embed_regions(SCENES[0], BOXES), expected)
+    assert predictor.processor.region_format == "coords"
 
 
 def test_questions_of_your_own(mllm: tuple[Any, Any]) -> None:
