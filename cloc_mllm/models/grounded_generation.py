@@ -1,13 +1,14 @@
 """Generation with regions in the prompt and boxes in the answer.
 
-transformers encodes the images once, before the first token, by calling ``get_image_features`` with those of the
-arguments that its signature names, and hands ``forward`` the result. Regions ride along in that result. What the
-library does to such results without knowing of regions (expanding them for beams, cutting them for chunked prefill) is
-seen to here.
+Images and regions are encoded once, before the first token, and ``forward`` is handed the result: as transformers does
+it, with what that leaves out. Features of images may come from an earlier call, regions are read on them; every rank
+encodes something under ZeRO-3; the pass that finds the boxes reuses the features. What the library does to them without
+knowing of regions (expanding them for beams, cutting them for chunked prefill) is seen to here too.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -29,19 +30,66 @@ class GroundedGenerationMixin(GenerationMixin):
     ) -> Any:
         """Generate as every model of transformers does; regions and images may be among the keyword arguments.
 
+        In place of ``pixel_values``, ``mm_encoder_outputs={"image": ...}`` takes what ``get_image_features`` returned
+        for the same images; it is left as it is, and serves any number of calls.
+
         Raises:
             ValueError: If the prompt has regions and is to be prefilled in chunks: transformers would drop them.
         """
+        kwargs = self.encode_inputs(kwargs)
         chunk = kwargs.get("prefill_chunk_size")
         for config in (generation_config, self.generation_config):
             chunk = chunk or getattr(config, "prefill_chunk_size", None)
-        regions = kwargs.get("region_boxes")
-        if chunk and regions is not None and len(regions):
+        image = kwargs["mm_encoder_outputs"].get("image")
+        if chunk and image is not None and image.region_features is not None:
             raise ValueError(
-                f"prefill_chunk_size={chunk} cannot be used with the {len(regions)} regions of this prompt: "
-                "chunked prefill drops region features. Leave prefill_chunk_size out"
+                f"prefill_chunk_size={chunk} cannot be used with the {len(image.region_features)} regions of this "
+                "prompt: chunked prefill drops region features. Leave prefill_chunk_size out"
             )
         return super().generate(inputs, generation_config, **kwargs)
+
+    @torch.no_grad()
+    def encode_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Encode the images and regions among model inputs.
+
+        Args:
+            inputs: What the processor made, with ``pixel_values``, with ``mm_encoder_outputs`` in their place, or with
+                neither; anything else besides.
+
+        Returns:
+            The same inputs with ``mm_encoder_outputs`` in place of all that they are made of.
+
+        Raises:
+            ValueError: If images are given both ways, or regions without an image.
+        """
+        base = self.base_model
+        names = set(inspect.signature(base.get_image_features).parameters) - {"kwargs"}
+        given = {name: value for name, value in inputs.items() if name in names and value is not None}
+        rest = {name: value for name, value in inputs.items() if name not in names}
+        regions = {name: value for name, value in given.items() if name.startswith("region_")}
+        image = (rest.pop("mm_encoder_outputs", None) or {}).get("image")
+        if image is not None and "pixel_values" in given:
+            raise ValueError("give either pixel_values or mm_encoder_outputs, not both")
+        if image is not None:
+            image = self._with_regions(image, regions) if regions else image
+        elif "pixel_values" in given:
+            image = base.get_image_features(**given)
+        elif regions.get("region_boxes") is not None and len(regions["region_boxes"]):
+            raise ValueError(f"{len(regions['region_boxes'])} regions were given, but no image for them to be on")
+        elif is_deepspeed_zero3_enabled():
+            # Weights are gathered by all ranks together, in one order: whoever has no image encodes a blank one.
+            base.get_image_features(base._blank_image(torch.zeros(0, dtype=base.dtype, device=base.device)))
+        return {**rest, "mm_encoder_outputs": {} if image is None else {"image": image}}
+
+    def _with_regions(self, image: ClocMllmImageOutput, regions: dict[str, Any]) -> ClocMllmImageOutput:
+        """Images that were encoded before, left as they are, with regions encoded on them."""
+        output = ClocMllmImageOutput(**image)
+        output.pooler_output, output.region_features = list(image.pooler_output), None
+        # `_encode_regions` takes what `get_image_features` takes of regions, in the same order.
+        parameters = inspect.signature(self.base_model.get_image_features).parameters
+        names = [name for name in parameters if name.startswith("region_")]
+        self.base_model._encode_regions(output, *(regions.get(name) for name in names))
+        return output
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
@@ -62,8 +110,10 @@ class GroundedGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Repeat each row's regions with the row, for beams and several returned sequences."""
+        # Copied first: transformers writes into what it is given, and the caller may want to use it again.
+        copies = {name: type(output)(**output) for name, output in mm_encoder_output.items()}
         expanded = super()._expand_multimodal_outputs(
-            input_ids, mm_encoder_output, expand_size=expand_size, inputs_embeds=inputs_embeds
+            input_ids, copies, expand_size=expand_size, inputs_embeds=inputs_embeds
         )
         image = expanded.get("image")
         if image is None or getattr(image, "region_features", None) is None:
@@ -93,9 +143,13 @@ class GroundedGenerationMixin(GenerationMixin):
             raise ValueError("generate_grounded returns one sequence for each row: leave num_return_sequences out")
         if inputs.get("input_ids") is None:
             raise ValueError("generate_grounded needs input_ids: they say where the images and the answers are")
+        if not is_deepspeed_zero3_enabled():
+            # Once for both passes. Under ZeRO-3 each runs every part on every rank, which keeps the ranks in step.
+            inputs = self.encode_inputs(inputs)
         generated = self.generate(**{**inputs, "return_dict_in_generate": False})
-        names = ("attention_mask", "pixel_values", "image_sizes", "region_boxes", "region_image_index", "region_points")
-        return self.ground_sequences(generated, inputs["input_ids"], **{name: inputs.get(name) for name in names})
+        names = {"mm_encoder_outputs", *inspect.signature(self.base_model.get_image_features).parameters}
+        images = {name: value for name, value in inputs.items() if name in names}
+        return self.ground_sequences(generated, inputs["input_ids"], inputs.get("attention_mask"), **images)
 
     @torch.no_grad()
     def ground_sequences(
@@ -103,11 +157,7 @@ class GroundedGenerationMixin(GenerationMixin):
         sequences: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        region_boxes: torch.Tensor | None = None,
-        region_image_index: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        region_points: torch.Tensor | None = None,
+        **images: Any,
     ) -> ClocGroundedOutput:
         """Localise every ``<ground>`` that ``generate`` added to a prompt.
 
@@ -115,11 +165,7 @@ class GroundedGenerationMixin(GenerationMixin):
             sequences: ``(B, T)`` what ``generate`` returned.
             input_ids: ``(B, P)`` the prompt.
             attention_mask: ``(B, P)`` of the prompt.
-            pixel_values: ``(I, 3, H, W)`` of the prompt.
-            region_boxes: ``(R, 4)`` of the prompt.
-            region_image_index: ``(R,)`` of the prompt.
-            image_sizes: ``(I, 2)`` of the prompt, where its images are cut into tiles.
-            region_points: ``(R, P, 2)`` of the prompt.
+            **images: The prompt's images and regions, as ``forward`` takes them: raw, or as ``mm_encoder_outputs``.
         """
         prompt_length = input_ids.shape[1]
         output = ClocGroundedOutput(sequences=sequences, prompt_length=prompt_length)
@@ -141,13 +187,10 @@ class GroundedGenerationMixin(GenerationMixin):
             attention_mask=mask,
             # As while generating: positions count from the first real token, whatever the padding on the left.
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            region_boxes=region_boxes,
-            region_image_index=region_image_index,
-            region_points=region_points,
             logits_to_keep=1,
             use_cache=False,
+            predict_boxes=True,
+            **images,
         )
         output.pred_boxes, output.ground_image_index = forward.pred_boxes[wanted], forward.ground_image_index[wanted]
         return output

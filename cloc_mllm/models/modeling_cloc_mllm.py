@@ -207,6 +207,7 @@ class ClocMllmModel(LlavaModel):
         ground_image_index: torch.Tensor | None = None,
         ground_queries: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
+        predict_boxes: bool | None = None,
         **kwargs: Any,
     ) -> ClocMllmModelOutputWithPast:
         """Run every part; the inputs are those of :class:`ClocMllmForConditionalGeneration`."""
@@ -221,7 +222,9 @@ class ClocMllmModel(LlavaModel):
         first = past_key_values is None or past_key_values.get_seq_length() == 0
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image is None and (pixel_values is not None or (first and self._runs_every_part())):
+        # What was encoded beforehand, if it is nothing, was so on every rank: then no dummy is needed here.
+        needs_dummy = first and mm_encoder_outputs is None and self._runs_every_part()
+        if image is None and (pixel_values is not None or needs_dummy):
             if pixel_values is None:
                 pixel_values, image_sizes = self._blank_image(inputs_embeds)
             image = self.get_image_features(
@@ -251,7 +254,8 @@ class ClocMllmModel(LlavaModel):
             image_hidden_states=None if image is None or is_dummy else torch.cat(image.pooler_output),
         )
         # While generating (features come ready-made) nobody asks for boxes: `generate_grounded` does, at the end.
-        if self.grounding_head is not None and first and input_ids is not None and mm_encoder_outputs is None:
+        asked = mm_encoder_outputs is None if predict_boxes is None else predict_boxes
+        if self.grounding_head is not None and first and input_ids is not None and asked:
             self._ground(result, input_ids, image, is_dummy, ground_image_index, ground_queries)
         return result
 
@@ -406,7 +410,8 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
     * ``labels`` ``(B, T)``, -100 where nothing is learnt; ``<ground>`` is learnt as any other token;
     * ``ground_image_index`` ``(G,)``, the image each ``<ground>`` is about; default the last one shown before it;
     * ``ground_queries`` ``(G, D)``, text embeddings of the grounded phrases: the head localises them too;
-    * ``mm_encoder_outputs``: image features made beforehand, by ``generate``.
+    * ``mm_encoder_outputs``: images and regions encoded beforehand, by :meth:`encode_inputs`;
+    * ``predict_boxes``: whether every ``<ground>`` gets its box; default: unless ``mm_encoder_outputs`` is given.
 
     Further keyword arguments reach the language model and the loss (``num_items_in_batch``).
     """
@@ -540,6 +545,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
         ground_image_index: torch.Tensor | None = None,
         ground_queries: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ClocMllmImageOutput] | None = None,
+        predict_boxes: bool | None = None,
         **kwargs: Any,
     ) -> ClocMllmCausalLMOutputWithPast:
         """Run the model; see the class for the inputs.
@@ -563,6 +569,7 @@ class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditio
             ground_image_index=ground_image_index,
             ground_queries=ground_queries,
             mm_encoder_outputs=mm_encoder_outputs,
+            predict_boxes=predict_boxes,
             return_dict=True,
             **kwargs,
         )

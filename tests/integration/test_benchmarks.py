@@ -67,3 +67,13 @@ def test_shards_are_read_whole_and_with_the_same_memory(tmp_path: Path) -> None:
         assert "open_clip tar, bytes, 0 workers: " in printed
     else:
         assert theirs["seen"] == 128
+
+
+def test_regions_are_asked_on_every_side(tmp_path: Path) -> None:
+    size = ("--model", "ViT-B-32", "--layers", "1", "--counts", "3", "--batch", "2", "--repeats", "1")
+    printed = run("region_queries.py", *size, "--out", str(tmp_path))
+    (found,) = json.loads((tmp_path / "region_queries.json").read_text())["results"]
+    assert found["boxes"] == 3
+    for name in ("mean", "prompt"):
+        assert found[f"{name}_speedup"] == pytest.approx(found["crops_seconds"] / found[f"{name}_seconds"])
+    assert "| boxes | CLIP on crops, s |" in printed

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.inference.predictor import Predictor
@@ -20,22 +19,6 @@ QUESTIONS = [
     [user(image(2), text("where?")), grounding_turn(), user("and "), assistant("there"), user("why")],
     [user(image(3, 20, 50), text("what is "), {"type": "region", "point": [5, 6]}, text(" and "), region(1, 1, 9, 30))],
 ]
-
-
-def keen_to_ground(model: Any, processor: Any) -> None:
-    """Make an untrained model say ``<ground>`` about every third token, whatever it is asked."""
-    with torch.no_grad():
-        weight = model.lm_head.weight
-        weight[processor.ground_token_id] = (
-            weight[:350].std() * torch.randn(32, generator=torch.Generator().manual_seed(1)) * 3
-        )
-
-
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    model, processor = tiny_mllm(grounding="head")
-    keen_to_ground(model, processor)
-    return Predictor(model, processor)
 
 
 def test_a_batch_answers_as_its_questions_alone(predictor: Predictor) -> None:
