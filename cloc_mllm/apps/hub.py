@@ -54,7 +54,6 @@ def push(folder: str | PathLike[str], repo_id: str, private: bool = False, dry_r
     if dry_run:
         return Upload(sizes)
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     card = files.get(_CARD)
     text = card_for(card.read_text(encoding="utf-8"), folder, repo_id) if card else None
@@ -66,10 +65,8 @@ def push(folder: str | PathLike[str], repo_id: str, private: bool = False, dry_r
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.create_commit(repo_id, additions, commit_message=f"Upload {folder.resolve().name}")
-    except HFValidationError as error:
-        raise ClocError(f"'{repo_id}' is not the name of a repository: {error}") from error
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
-        # What the transport raises (no network, a name that is not found) has no class of its own that is public.
+    except Exception as error:
+        # The client has exceptions of its own, and lets through those of its transport, which are no public names.
         status = getattr(getattr(error, "response", None), "status_code", None)
         remedy = "Log in first: hf auth login." if status in (401, 403) else None
         reason = " ".join(str(error.__cause__ or error).split())
