@@ -32,6 +32,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils.generic import can_return_tuple
 
 from .assembly_cloc_mllm import assemble
+from .complete_loading import CompleteLoadingMixin
 from .configuration_cloc import ClocPrompterConfig
 from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
@@ -41,7 +42,7 @@ from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutp
 from .region_encoder import RegionProjector, build_region_reader, checked_image_index
 
 
-class ClocMllmModel(LlavaModel):
+class ClocMllmModel(CompleteLoadingMixin, LlavaModel):
     """Tower, projector, Prompter, language model and grounding head; no language-model head."""
 
     config_class = ClocMllmConfig
@@ -330,7 +331,7 @@ class ClocMllmModel(LlavaModel):
         return index
 
 
-class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditionalGeneration):
+class ClocMllmForConditionalGeneration(CompleteLoadingMixin, GroundedGenerationMixin, LlavaForConditionalGeneration):
     """The MLLM with its language-model head.
 
     Example::
