@@ -54,6 +54,8 @@ COMMANDS = (
     Command("assemble", "cloc_mllm.apps.commands.assemble", "put a tower and an LLM together into an untrained MLLM"),
     Command("chat", "cloc_mllm.apps.commands.chat", "talk with an MLLM about an image and boxes on it"),
     Command("export", "cloc_mllm.apps.commands.export", "write a checkpoint in a layout other programs load"),
+    Command("merge", "cloc_mllm.apps.commands.merge", "put an adapter on its base and write one checkpoint"),
+    Command("push", "cloc_mllm.apps.commands.push", "upload a checkpoint, an adapter or an export to the hub"),
 )
 
 

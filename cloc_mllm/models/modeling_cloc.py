@@ -26,6 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .complete_loading import CompleteLoadingMixin
 from .configuration_cloc import ClocConfig, ClocPrompterConfig, ClocVisionConfig
 from .grid_search import GridSearch
 from .patch_dropout import choose_patches, reading_only
@@ -66,7 +67,7 @@ class ClocOutput(ModelOutput):
     region_logit_bias: torch.Tensor | None = None
 
 
-class ClocPreTrainedModel(PreTrainedModel):
+class ClocPreTrainedModel(CompleteLoadingMixin, PreTrainedModel):
     """Weight initialisation and loading shared by the CLOC models."""
 
     config_class = ClocConfig

@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import can_return_tuple
 
 from .assembly_cloc_mllm import assemble
+from .complete_loading import CompleteLoadingMixin
 from .configuration_cloc import ClocPrompterConfig
 from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
@@ -43,7 +44,7 @@ from .projectors import ImageNewline, build_projector, checked_tiles, pack_tiles
 from .region_encoder import RegionProjector, build_region_reader, checked_image_index, with_parts
 
 
-class ClocMllmModel(LlavaModel):
+class ClocMllmModel(CompleteLoadingMixin, LlavaModel):
     """Tower, projector, Prompter, language model and grounding head; no language-model head."""
 
     config_class = ClocMllmConfig
@@ -389,7 +390,7 @@ class ClocMllmModel(LlavaModel):
         return index
 
 
-class ClocMllmForConditionalGeneration(GroundedGenerationMixin, LlavaForConditionalGeneration):
+class ClocMllmForConditionalGeneration(CompleteLoadingMixin, GroundedGenerationMixin, LlavaForConditionalGeneration):
     """The MLLM with its language-model head.
 
     Example::

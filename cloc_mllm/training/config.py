@@ -55,6 +55,22 @@ class _StageConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _an_adapter_needs_a_base(self) -> _StageConfig:
+        if self.run.export not in ("adapter", "both"):
+            return self
+        model: Any = getattr(self, "model", None)
+        parts: Any = getattr(self, "parts", None)
+        wanted = f"'run.export: {self.run.export}' writes an adapter"
+        if parts is None or not hasattr(parts, "llm") or parts.llm.mode not in ("lora", "tokens"):
+            raise ValueError(f"{wanted}, but there is none: set 'parts.llm' to lora or tokens, or export: merged")
+        if not model.init.startswith("mllm:"):
+            raise ValueError(
+                f"{wanted}, which needs a base on disk: set 'model.init' to mllm:PATH, or export: merged (with init: "
+                "parts the connectors are new, and there is no model to put the adapter on)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_needs_samples(self) -> _StageConfig:
         data: Any = getattr(self, "data", None)
         if data is not None and data.validation is None:

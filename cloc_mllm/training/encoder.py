@@ -293,6 +293,9 @@ def model_type_of(path: str | Path) -> str:
     try:
         return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
     except FileNotFoundError:
+        if (Path(path) / "adapter_config.json").exists():
+            remedy = f"Merge it first: cloc-mllm merge {path} --out DIR."
+            raise ClocError("this is an adapter, not a model", file=path, remedy=remedy) from None
         raise ClocError("there is no model here (no config.json)", file=path) from None
     except (OSError, ValueError, AttributeError) as error:
         raise ClocError(f"is not a readable model configuration: {error}", file=file) from None

@@ -1,4 +1,4 @@
-"""Writes `export/`: the weights to use, complete in themselves, in fp32, whatever the run was sharded into.
+"""Writes `export/`: the weights to use, complete in themselves, in fp32, whatever the run was sharded into; `adapter/`.
 
 The live model is never saved from directly: at ZeRO-3 its parameters are empty, in bf16 they are rounded, under LoRA
 they are wrapped. Instead the true (master) weights are gathered, put into a fresh skeleton, and that is saved.
@@ -13,54 +13,64 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from cloc_mllm import __version__
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
-from cloc_mllm.training.config import AnyConfig, write_config
+from cloc_mllm.training.adapters import save_adapter
+from cloc_mllm.training.card import write_card
+from cloc_mllm.training.config import AnyConfig
 
 EXPORT_FOLDER = "export"
-RAW_EXPORT_FOLDER = "export_raw"
-"""The weights as the last step left them, beside an export of their average."""
+ADAPTER_FOLDER = "adapter"
+RAW = "_raw"
+"""Ends the names of what holds the weights as the last step left them, beside an export of their average."""
 
 
 def export_model(
     trainer: Any,
     build_skeleton: Callable[[], nn.Module],
     processor: Any,
-    name: str = EXPORT_FOLDER,
+    suffix: str = "",
     metrics: dict[str, float] | None = None,
-) -> Path:
-    """Gather the weights of a finished run and write `export/` in its folder. Every process has to call this.
+) -> None:
+    """Gather the weights of a finished run and write what `run.export` asks for. Every process has to call this.
 
     Args:
         trainer: The stage's trainer, after training.
         build_skeleton: Builds the model anew with its parts applied; called under the meta device, so it costs nothing.
         processor: Saved beside the weights.
-        name: What the folder is called in the run folder.
+        suffix: Added to the names of the folders in the run folder.
         metrics: Final figures for the model card.
-
-    Returns:
-        The folder.
 
     Raises:
         ClocError: A weight could not be gathered.
     """
-    folder = Path(trainer.args.output_dir) / name
+    config: AnyConfig = trainer.config
     weights = gather_weights(trainer.model, launch.zero_stage(trainer.zero), trainer.world.is_main)
     weights |= {name: value for name, value in trainer.exact_weights.items() if name in weights}
     if trainer.world.is_main:
-        temporary = folder.with_name(f".{name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_weights(weights, build_skeleton, processor, temporary, source=trainer.model)
-        _write_card(temporary, trainer.config, metrics or {})
-        # Whoever sees the folder sees all of it.
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        # First the adapter: merging changes the weights in place.
+        if config.run.export in ("adapter", "both"):
+            base = config.model.init.removeprefix("mllm:")
+            with _appearing_whole(Path(config.run.output) / f"{ADAPTER_FOLDER}{suffix}") as folder:
+                save_adapter(filled_skeleton(weights, build_skeleton), base, processor, folder)
+                write_card(folder, config, metrics or {})
+        if config.run.export in ("merged", "both"):
+            with _appearing_whole(Path(config.run.output) / f"{EXPORT_FOLDER}{suffix}") as folder:
+                save_weights(weights, build_skeleton, processor, folder, source=trainer.model)
+                write_card(folder, config, metrics or {})
     launch.barrier()
-    return folder
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder to write to and rename it at the end: whoever sees the folder sees all of it."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
 
 
 @torch.no_grad()
@@ -110,10 +120,7 @@ def save_weights(
         folder: Where to.
         source: The trained model, for its generation settings.
     """
-    with _without_zero_init(), torch.device("meta"):
-        skeleton: Any = build_skeleton()
-    skeleton.load_state_dict(weights, strict=True, assign=True)
-    _tie_again(skeleton, weights)
+    skeleton = filled_skeleton(weights, build_skeleton)
     if hasattr(skeleton, "merge_and_unload"):
         skeleton = skeleton.merge_and_unload()
     skeleton.tie_weights()
@@ -122,6 +129,20 @@ def save_weights(
         skeleton.generation_config = generation
     skeleton.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
+
+
+def filled_skeleton(weights: dict[str, torch.Tensor], build_skeleton: Callable[[], nn.Module]) -> Any:
+    """Build a model anew and give it weights, all of them; what was tied is tied again.
+
+    Args:
+        weights: What :func:`gather_weights` returned.
+        build_skeleton: Builds the model; see :func:`export_model`.
+    """
+    with _without_zero_init(), torch.device("meta"):
+        skeleton: Any = build_skeleton()
+    skeleton.load_state_dict(weights, strict=True, assign=True)
+    _tie_again(skeleton, weights)
+    return skeleton
 
 
 def _tie_again(skeleton: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -167,17 +188,3 @@ def _full_parameter(parameter: nn.Parameter, stage: int | None) -> torch.Tensor:
         with zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter
-
-
-def _write_card(folder: Path, config: AnyConfig, metrics: dict[str, float]) -> None:
-    """Write the model card: what this is, how it was made, and how it did on validation."""
-    write_config(config, folder / "run.yaml")
-    made = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    figures = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items()))
-    table = f"\n| figure at the end of training | value |\n|---|---|\n{figures}" if figures else ""
-    (folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\ntags: [cloc]\n---\n\n# {Path(config.run.output).name}\n\n"
-        f"Made by the stage `{config.stage}` of cloc_mllm {__version__}, with this configuration:\n\n"
-        f"```yaml\n{made}```\n{table}",
-        encoding="utf-8",
-    )

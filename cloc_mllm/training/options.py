@@ -57,7 +57,15 @@ class RunOptions(Block):
         600.0, "seconds a process may hold up the others before the run ends and names it; null: unwatched"
     )
     log_to: list[Literal["tensorboard", "wandb"]] = option(["tensorboard"], "beside metrics.jsonl")
-    export: bool = option(True, "write export/, the weights to use, at the end")
+    export: Literal["merged", "adapter", "both", "none"] = option(
+        "merged", "at the end: merged: export/, the weights to use; adapter: adapter/, LoRA or tokens alone; both; none"
+    )
+    license: str | None = option(None, "licence of the weights, for the model card's header; null: none is stated")
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _export_or_not(cls, value: Any) -> Any:
+        return {True: "merged", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> RunOptions:

@@ -111,7 +111,7 @@ def train_and_export(
     checkpoint: Path | None,
     build_skeleton: Callable[[], nn.Module],
 ) -> None:
-    """Train to the end, then write `export/`; with an average of the weights, that, and `export_raw/` without it.
+    """Train to the end, then write `export/`, `adapter/` or both; with an average of the weights, also without it.
 
     Args:
         trainer: The stage's trainer.
@@ -124,16 +124,16 @@ def train_and_export(
             trainer.prepare_resume(checkpoint)
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Imported late: it is needed once, at the very end.
-        from cloc_mllm.training.export import EXPORT_FOLDER, RAW_EXPORT_FOLDER, export_model
+        from cloc_mllm.training.export import RAW, export_model
 
         with trainer.final_weights():
             metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
             trainer.note("exporting")
             trainer.require_finite_weights()
-            if run.export:
-                export_model(trainer, build_skeleton, trainer.processor, EXPORT_FOLDER, metrics)
-        if run.export and ema is not None:
-            export_model(trainer, build_skeleton, trainer.processor, RAW_EXPORT_FOLDER)
+            if run.export != "none":
+                export_model(trainer, build_skeleton, trainer.processor, metrics=metrics)
+        if run.export != "none" and ema is not None:
+            export_model(trainer, build_skeleton, trainer.processor, RAW)
     if trainer.world.is_main:
         done = {
             "stage": trainer.config.stage,

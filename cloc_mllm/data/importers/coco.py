@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cloc_mllm.data.importers.json_stream import stream_lists
+from cloc_mllm.data.importers.pictures import picture_size
 from cloc_mllm.errors import ClocError
 
 SUMMARY = "COCO: instances (boxes with category names) and captions"
@@ -23,8 +24,6 @@ EXAMPLE = (
     "cloc-mllm data convert coco --images train2017 --instances annotations/instances_train2017.json "
     "--captions annotations/captions_train2017.json --out data/coco"
 )
-
-_EXIF_ORIENTATION = 0x0112
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,28 +120,8 @@ class _reading:  # noqa: N801 -- used like a function, in a `with` statement
             ) from error
 
 
-def _picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as a viewer shows it, from its header alone.
-
-    Raises:
-        ClocError: It is missing or no picture.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
-    except FileNotFoundError as error:
-        raise ClocError("the image does not exist", file=path, remedy="Check --images, or skip it.") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise ClocError(
-            f"the image cannot be read: {error}", file=path, remedy="Fetch it again, or skip it."
-        ) from error
-
-
 def _check_picture(path: Path, width: int, height: int, annotations: Path, image_id: int) -> None:
-    size = _picture_size(path)
+    size = picture_size(path)
     if size != (width, height):
         raise ClocError(
             f"the file says {width} x {height} pixels, but {path.name} is {size[0]} x {size[1]}",

@@ -1,4 +1,4 @@
-"""Reads the big lists of a JSON object item by item.
+"""Reads the big lists of a JSON file item by item.
 
 Annotation files such as COCO's are one object of half a gigabyte whose lists hold a million small items; parsed at
 once they take several gigabytes. This walks through the text with a window of a few megabytes.
@@ -99,6 +99,20 @@ def stream_lists(path: str | Path, names: Collection[str]) -> Iterator[tuple[str
                     yield from ((name, item) for item in _items(window, name))
                 if window.expect(",}") == "}":
                     return
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClocError(f"cannot read the file: {error}", file=path, remedy="Check the path.") from error
+
+
+def stream_items(path: str | Path) -> Iterator[Any]:
+    """Yields the items of a file that is one JSON list, in order.
+
+    Raises:
+        ClocError: The file cannot be read, is not JSON, or is not a list.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from _items(_Window(file, path), "the file")
     except (OSError, UnicodeDecodeError) as error:
         raise ClocError(f"cannot read the file: {error}", file=path, remedy="Check the path.") from error
 
