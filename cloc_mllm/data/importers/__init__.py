@@ -6,5 +6,16 @@ whose "counts" are exact. Modules are light to import: what the work needs is im
 
 from __future__ import annotations
 
-IMPORTERS: dict[str, str] = {"coco": "cloc_mllm.data.importers.coco"}
+_HERE = "cloc_mllm.data.importers"
+
+IMPORTERS: dict[str, str] = {
+    "coco": f"{_HERE}.coco",
+    "lvis": f"{_HERE}.lvis",
+    "objects365": f"{_HERE}.objects365",
+    "open-images": f"{_HERE}.open_images",
+    "visual-genome": f"{_HERE}.visual_genome",
+    "flickr30k-entities": f"{_HERE}.flickr30k_entities",
+    "refcoco": f"{_HERE}.refcoco",
+    "grit": f"{_HERE}.grit",
+}
 """Kind of data set, as `cloc-mllm data convert KIND` calls it, to the module that converts it."""

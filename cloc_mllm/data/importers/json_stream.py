@@ -103,6 +103,23 @@ def stream_lists(path: str | Path, names: Collection[str]) -> Iterator[tuple[str
         raise ClocError(f"cannot read the file: {error}", file=path, remedy="Check the path.") from error
 
 
+def stream_items(path: str | Path) -> Iterator[Any]:
+    """Yields every item of a JSON list, in the order of the file.
+
+    Args:
+        path: A file that holds one JSON list.
+
+    Raises:
+        ClocError: The file cannot be read, is not JSON, or is not a list.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from _items(_Window(file, path), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClocError(f"cannot read the file: {error}", file=path, remedy="Check the path.") from error
+
+
 def _items(window: _Window, name: str) -> Iterator[Any]:
     if window.peek() != "[":
         raise ClocError(f"'{name}' is not a list", file=window.path, remedy="Check that it is the right file.")
