@@ -6,10 +6,19 @@ whose "counts" are exact. Modules are light to import: what the work needs is im
 
 from __future__ import annotations
 
+_HERE = "cloc_mllm.data.importers"
+
 IMPORTERS: dict[str, str] = {
-    "coco": "cloc_mllm.data.importers.coco",
-    "llava": "cloc_mllm.data.importers.llava",
-    "ferret": "cloc_mllm.data.importers.ferret",
-    "ms-swift": "cloc_mllm.data.importers.ms_swift",
+    "coco": f"{_HERE}.coco",
+    "lvis": f"{_HERE}.lvis",
+    "objects365": f"{_HERE}.objects365",
+    "open-images": f"{_HERE}.open_images",
+    "visual-genome": f"{_HERE}.visual_genome",
+    "flickr30k-entities": f"{_HERE}.flickr30k_entities",
+    "refcoco": f"{_HERE}.refcoco",
+    "grit": f"{_HERE}.grit",
+    "llava": f"{_HERE}.llava",
+    "ferret": f"{_HERE}.ferret",
+    "ms-swift": f"{_HERE}.ms_swift",
 }
 """Kind of data set, as `cloc-mllm data convert KIND` calls it, to the module that converts it."""

@@ -104,7 +104,10 @@ def stream_lists(path: str | Path, names: Collection[str]) -> Iterator[tuple[str
 
 
 def stream_items(path: str | Path) -> Iterator[Any]:
-    """Yields the items of a file that is one JSON list, in order.
+    """Yields every item of a JSON list, in the order of the file.
+
+    Args:
+        path: A file that holds one JSON list.
 
     Raises:
         ClocError: The file cannot be read, is not JSON, or is not a list.

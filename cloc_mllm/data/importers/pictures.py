@@ -20,7 +20,7 @@ def picture_size(picture: str | Path | bytes) -> tuple[int, int]:
         picture: A path, or the encoded bytes.
 
     Raises:
-        ClocError: It is missing or no picture.
+        ClocError: It is missing, no picture, or too large to open safely.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -31,10 +31,22 @@ def picture_size(picture: str | Path | bytes) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError as error:
         raise ClocError("the image does not exist", file=file, remedy="Check --images, or skip it.") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ClocError(
             f"the image cannot be read: {error}", file=file, remedy="Fetch it again, or skip it."
         ) from error
+
+
+def picture_in(folder: Path, name: str) -> Path:
+    """The path of a picture in its folder.
+
+    Raises:
+        ClocError: The name leads out of the folder.
+    """
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ClocError("the name of a picture leads out of --images", file=path, remedy="Mend the annotation file.")
+    return path
 
 
 class Pictures:
@@ -52,14 +64,14 @@ class Pictures:
         """Path or bytes of an image as a sample names it: a name, encoded bytes, or `datasets`' `{"bytes", "path"}`.
 
         Raises:
-            ClocError: It is none of these.
+            ClocError: It is none of these, or leads out of the folder.
         """
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, bytes):
             return image
         if isinstance(image, str) and image and "://" not in image:
-            return self.folder / image
+            return picture_in(self.folder, image)
         shown = image if isinstance(image, str) else type(image).__name__
         raise ClocError(f"'{shown}' names no image file", remedy="Fetch the pictures first, and name their folder.")
 

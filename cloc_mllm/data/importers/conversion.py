@@ -1,0 +1,381 @@
+"""What all importers of region-text data share: from a source's annotations to checked, sharded samples.
+
+A source says what it reads (`events`) and how the notes on an image become a sample (`sample`); everything else
+happens here, the same for all: annotations are sorted by image on disk, pictures are measured, boxes are clipped and
+counted, shards are written side by side, and a conversion that was stopped goes on where it was. A shard appears under
+its name when it is complete, and its counts with it, so nothing is lost or written twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from cloc_mllm.data.importers.annotation_index import AnnotationIndex, Event
+from cloc_mllm.data.importers.pictures import picture_in, picture_size
+from cloc_mllm.errors import ClocError
+
+COUNTS = (
+    "images_written",
+    "images_without_objects",
+    "images_without_caption_left_out",
+    "images_bad_left_out",
+    "captions_read",
+    "captions_empty_left_out",
+    "boxes_written",
+    "boxes_clipped",
+    "boxes_crowd_left_out",
+    "boxes_without_area_left_out",
+)
+"""Counted by every importer, reported at zero too."""
+
+_STATE = ".convert"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What a person decides about a conversion, whatever the source.
+
+    Attributes:
+        images: Folder of the pictures; `None` where the source holds them.
+        out: Folder to write to.
+        file_format: "jsonl", "parquet" or "webdataset".
+        copy_images: With "jsonl", copy the pictures beside it instead of referring to them.
+        on_bad_sample: "error" stops at a picture that is missing, unreadable or of another size than annotated; "skip"
+            leaves it out and counts it.
+        workers: Processes that measure pictures and write shards.
+        shard: Images of the source to a shard.
+        progress: Show a progress bar, if standard error is a terminal.
+    """
+
+    images: Path | None
+    out: Path
+    file_format: str = "jsonl"
+    copy_images: bool = False
+    on_bad_sample: str = "error"
+    workers: int = 1
+    shard: int = 4096
+    progress: bool = True
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> ConvertOptions:
+        """Return the options that parsed arguments hold."""
+        return cls(
+            getattr(args, "images", None),
+            args.out,
+            args.format,
+            args.copy_images,
+            args.on_bad_sample,
+            args.workers,
+            args.shard,
+        )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
+    """Declare the arguments that all importers of region-text data take.
+
+    Args:
+        parser: Of one importer.
+        images: Whether its pictures lie in a folder.
+    """
+    if images:
+        parser.add_argument("--images", required=True, type=Path, help="folder of the pictures")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+    parser.add_argument(
+        "--format", default="jsonl", choices=("jsonl", "parquet", "webdataset"), help="default: %(default)s"
+    )
+    parser.add_argument("--copy-images", action="store_true", help="with jsonl: copy the pictures into OUT/images")
+    parser.add_argument(
+        "--on-bad-sample", default="error", choices=("error", "skip"), help="a missing or mismatched picture"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--shard", type=int, default=4096, help="images to a shard (default: %(default)s)")
+
+
+class Source(ABC):
+    """A public data set in its own format.
+
+    Attributes:
+        kind: As `cloc-mllm data convert KIND` calls it.
+        frame: How the source writes boxes.
+        licence: Of the annotations.
+        expected: For each known split, what it must count; a split whose name the annotation file's name contains.
+        about: What `events` told of the whole set, by name; there when `sample` is called.
+    """
+
+    about: Mapping[str, Mapping[str, Any]] = {}
+
+    kind: ClassVar[str]
+    frame: ClassVar[str]
+    licence: ClassVar[str]
+    expected: Mapping[str, Mapping[str, int]] = {}
+
+    @property
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """The annotation files, the main one first."""
+
+    @abstractmethod
+    def events(self, counts: Counter[str]) -> Iterator[Event]:
+        """Read the annotation files; what is left out here is counted here."""
+
+    @abstractmethod
+    def sample(
+        self, image: str, facts: dict[str, Any], notes: list[tuple[str, dict[str, Any]]], counts: Counter[str]
+    ) -> RawSample | None:
+        """Put an image's notes together; `None` if it is left out, which is counted."""
+
+
+@dataclass
+class RawSample:
+    """An image of a source, before it is measured and its boxes are clipped.
+
+    Attributes:
+        image: Name of its file within the folder of pictures, or its encoded bytes.
+        size: Width and height that the source states.
+        captions: At least one text.
+        regions: `box` xyxy in pixels, or `share` xyxy as shares of width and height; and whatever else of the schema
+            the source gives.
+    """
+
+    image: str | bytes
+    size: tuple[int, int] | None
+    captions: list[str]
+    regions: list[dict[str, Any]]
+
+
+class reading:  # noqa: N801 -- used like a function, in a `with` statement
+    """Turns the errors of a malformed item into one that says where it is.
+
+    Args:
+        file: The annotation file.
+        name: What kind of item it is.
+        item: The item.
+    """
+
+    def __init__(self, file: str | Path, name: str, item: Any) -> None:
+        self.file, self.name, self.item = file, name, item
+
+    def __enter__(self) -> None:
+        if not isinstance(self.item, dict):
+            raise ClocError(f"an item of '{self.name}' is not an object", file=self.file, remedy="Check the file.")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (KeyError, TypeError, ValueError, IndexError)):
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
+            sample = next((self.item[key] for key in ("id", "image_id", "ref_id", "key") if key in self.item), None)
+            raise ClocError(
+                f"an item of '{self.name}' {what}",
+                file=self.file,
+                sample=sample,
+                remedy="Is it the right kind of file?",
+            ) from error
+
+
+def convert(source: Source, options: ConvertOptions) -> dict[str, Any]:
+    """Convert a data set to region-text samples.
+
+    Args:
+        source: The data set.
+        options: What to write, and where.
+
+    Returns:
+        Exact counts and what else is known of the set, also written to `dataset.json` in the output folder.
+
+    Raises:
+        ClocError: Files that cannot be read or do not fit together, or that cannot be written.
+    """
+    out = options.out
+    try:
+        state = _open_state(source, options)
+        index, counts = _open_index(source, state)
+        source.about = index.about()
+        shards = range(-(-len(index) // options.shard))
+        for found in _run_shards(source, options, state, shards):
+            counts += found
+        if options.file_format == "jsonl":
+            _join_lines(out, len(shards))
+        result = _report(source, options, len(index), counts)
+        (out / "dataset.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(state)
+    except OSError as error:
+        raise ClocError(f"cannot write: {error.strerror or error}", file=error.filename or out) from error
+    return result
+
+
+def _open_state(source: Source, options: ConvertOptions) -> Path:
+    """The folder of what is known so far; emptied if it is of another conversion."""
+    state = options.out / _STATE
+    files = [(str(file.resolve()), file.stat().st_size) if file.exists() else str(file) for file in source.files]
+    asked = [source.kind, vars(source), files, {**vars(options), "workers": 0, "progress": False}]
+    plan = hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()
+    if not (state / "plan").is_file() or (state / "plan").read_text() != plan:
+        shutil.rmtree(state, ignore_errors=True)
+        state.mkdir(parents=True)
+        (state / "plan").write_text(plan)
+    return state
+
+
+def _open_index(source: Source, state: Path) -> tuple[AnnotationIndex, Counter[str]]:
+    """The annotations sorted by image, and what was counted while reading them."""
+    path, counted = state / "annotations.db", state / "annotations.json"
+    if path.exists():
+        return AnnotationIndex(path), Counter(json.loads(counted.read_text()))
+    counts: Counter[str] = Counter()
+
+    def events() -> Iterator[Event]:
+        yield from source.events(counts)
+        counted.write_text(json.dumps(counts))
+
+    return AnnotationIndex.build(path, events(), source.files[0]), counts
+
+
+def _run_shards(source: Source, options: ConvertOptions, state: Path, shards: Iterable[int]) -> Iterator[Counter[str]]:
+    """The counts of all shards, those that are not there yet written first."""
+    from tqdm import tqdm
+
+    done = {number: state / f"{number:05d}.json" for number in shards}
+    missing = [number for number, marker in done.items() if not marker.exists()]
+    with tqdm(total=len(missing), unit="shard", desc=source.kind, disable=None if options.progress else True) as bar:
+        if options.workers <= 1 or len(missing) <= 1:
+            for number in missing:
+                _write_shard(source, options, state, number)
+                bar.update()
+        else:
+            with ProcessPoolExecutor(options.workers) as pool:
+                jobs: list[Future[None]] = [pool.submit(_write_shard, source, options, state, k) for k in missing]
+                for job in jobs:
+                    job.result()
+                    bar.update()
+    for marker in done.values():
+        yield Counter(json.loads(marker.read_text()))
+
+
+def _write_shard(source: Source, options: ConvertOptions, state: Path, number: int) -> None:
+    """Write one shard under its name, then its counts; a shard without counts is written again."""
+    from cloc_mllm.data.writers import JsonlWriter, open_writer
+
+    counts: Counter[str] = Counter()
+    index = AnnotationIndex(state / "annotations.db")
+    piece = state / f"shard-{number:05d}"
+    writer = (
+        JsonlWriter(options.out, f"{_STATE}/lines-{number:05d}", options.copy_images)
+        if options.file_format == "jsonl"
+        else open_writer(piece, options.file_format, "regions")
+    )
+    with writer:
+        for image, facts, notes in index.images(number * options.shard, (number + 1) * options.shard):
+            sample = _sample(source, options, image, source.sample(image, facts, notes, counts), counts)
+            if sample is not None:
+                writer.write(sample)
+    for file in sorted(piece.iterdir()) if piece.is_dir() else ():
+        file.replace(options.out / file.name.replace("-00000", f"-{number:05d}", 1))
+    marker = state / f"{number:05d}.json"
+    part = marker.with_suffix(".part")
+    part.write_text(json.dumps(counts))
+    part.replace(marker)
+
+
+def _join_lines(out: Path, shards: int) -> None:
+    target = out / "regions.jsonl.part"
+    with target.open("wb") as joined:
+        for number in range(shards):
+            with (out / _STATE / f"lines-{number:05d}.jsonl").open("rb") as piece:
+                shutil.copyfileobj(piece, joined)
+    target.replace(out / "regions.jsonl")
+
+
+def _sample(
+    source: Source, options: ConvertOptions, image: str, raw: RawSample | None, counts: Counter[str]
+) -> dict[str, Any] | None:
+    """The sample of one image, measured, its boxes clipped; `None` if it is left out."""
+    if raw is None:
+        return None
+    if not raw.captions:
+        counts["images_without_caption_left_out"] += 1
+        return None
+    picture = raw.image if isinstance(raw.image, bytes) else picture_in(options.images or Path(), raw.image)
+    try:
+        width, height = picture_size(picture)
+        if raw.size is not None and raw.size != (width, height):
+            name = picture.name if isinstance(picture, Path) else "the picture"
+            raise ClocError(
+                f"the file says {raw.size[0]} x {raw.size[1]} pixels, but {name} is {width} x {height}",
+                file=source.files[0],
+                sample=image,
+                remedy="The boxes would be wrong: use the pictures that the annotations were made for, or skip it.",
+            )
+    except ClocError:
+        if options.on_bad_sample == "error":
+            raise
+        counts["images_bad_left_out"] += 1
+        return None
+    regions = list(clipped(raw.regions, width, height, counts))
+    counts["images_written"] += 1
+    counts["images_without_objects"] += not regions
+    return {
+        "id": image,
+        "image": picture,
+        "width": width,
+        "height": height,
+        "caption": raw.captions[0],
+        "captions": raw.captions,
+        "regions": regions,
+        "source": source.kind,
+    }
+
+
+def clipped(
+    regions: Iterable[dict[str, Any]], width: int, height: int, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Regions with their boxes clipped to the picture; those without area are left out and counted."""
+    for region in regions:
+        rest = {key: value for key, value in region.items() if key not in ("box", "share")}
+        unit = (width, height) if "share" in region else (1, 1)
+        found = region["share"] if "share" in region else region["box"]
+        exact = [float(value) * side for value, side in zip(found, unit * 2, strict=True)]
+        box = [min(max(value, 0.0), limit) for value, limit in zip(exact, (width, height) * 2, strict=True)]
+        if not (box[2] > box[0] and box[3] > box[1]):
+            counts["boxes_without_area_left_out"] += 1
+            continue
+        counts["boxes_clipped"] += any(abs(a - b) > 0.01 for a, b in zip(exact, box, strict=True))
+        counts["boxes_written"] += 1
+        # Annotations have two decimals; adding width to x must not show float dust such as 359.98999999999995.
+        yield {"box": [round(value, 2) for value in box], **rest}
+
+
+def _report(source: Source, options: ConvertOptions, listed: int, counts: Counter[str]) -> dict[str, Any]:
+    """Every count by name, those that stayed at zero too, and a warning where a known split counts otherwise."""
+    shown = {"images_listed": listed} | {k: v for k, v in sorted(counts.items()) if k not in COUNTS}
+    shown |= {name: counts[name] for name in COUNTS}
+    result: dict[str, Any] = {
+        "kind": source.kind,
+        "format": options.file_format,
+        "frame": source.frame,
+        "licence": source.licence,
+        "files": [file.name for file in source.files],
+        "counts": shown,
+    }
+    for split, wanted in source.expected.items():
+        if split in source.files[0].name:
+            wrong = {k: f"{shown[k]:,} instead of {n:,}" for k, n in wanted.items() if shown.get(k) != n}
+            result["split"] = split
+            result["expected"] = dict(wanted)
+            if wrong:
+                told = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in wrong.items())
+                warnings.warn(f"{source.files[0].name} is not the whole of {source.kind} {split}: {told}", stacklevel=3)
+            break
+    return result
