@@ -194,6 +194,7 @@ def blind(model: nn.Module, tower_mode: str) -> None:
 def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForConditionalGeneration, ClocMllmProcessor]:
     options = config.model
     assert options.encoder is not None  # `MllmModelOptions` has checked it
+    plan = EncoderParts.planned(tower_plan(options.encoder))
     tokenizer = _llm_tokenizer(config, world)
 
     def scratch_llm(extended: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -213,7 +214,7 @@ def _from_parts(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCon
         projector_type=options.projector,
         pixel_shuffle_factor=options.pixel_shuffle_factor,
         image_mode=options.image_mode,
-        image_grid_pinpoints=options.grid_pinpoints,
+        image_grid_pinpoints=_grid_pinpoints(options, plan.vision_config.image_size),
         num_region_tokens=options.num_region_tokens,
         boxes_per_phrase=options.boxes_per_phrase,
         prompter=None if options.grounding_head is None else options.grounding_head.model_dump(),
