@@ -11,6 +11,7 @@ import torch
 
 from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
 from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.errors import ClocError
 from cloc_mllm.models.modeling_cloc import ClocOutput
 from cloc_mllm.objectives import (
     clip_loss,
@@ -19,14 +20,16 @@ from cloc_mllm.objectives import (
     region_text_sigmoid_loss,
     sigmoid_loss,
 )
-from cloc_mllm.training.mllm import AlignConversations, blind, first_sample_report
+from cloc_mllm.training.config import load_config
+from cloc_mllm.training.launch import World
+from cloc_mllm.training.mllm import AlignConversations, blind, build_mllm, first_sample_report, mllm_skeleton
 from cloc_mllm.training.options import AlignDataOptions, MllmObjective, PretrainObjective
 from cloc_mllm.training.phrases import PhraseEmbedder
 from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer
 from cloc_mllm.training.tune import TuneTrainer
 from tests.builders import tiny_cloc
 from tests.builders_mllm import assistant, grounding_turn, image, region, text, tiny_mllm, user
-from tests.builders_training import write_regions
+from tests.builders_training import CONFIGS, TINY_LLM, write_regions
 
 
 def pretrainer(**objective: Any) -> Any:
@@ -226,3 +229,28 @@ def test_blinding_hides_the_image_from_every_output() -> None:
     assert torch.equal(outputs[0].pred_boxes, outputs[1].pred_boxes)
     with pytest.raises(Exception, match="would learn to see again"):
         blind(model, "full")
+
+
+def test_a_preset_says_how_many_tokens_a_region_and_boxes_a_phrase_has(encoder_folder: Path, tmp_path: Path) -> None:
+    """The model, its processor and the skeleton that is counted agree; what has no meaning is refused."""
+    (tmp_path / "data").mkdir()
+    words = [
+        f"model.encoder={encoder_folder}",
+        f"data.train={write_regions(tmp_path / 'data', 4)}",
+        f"run.output={tmp_path / 'run'}",
+        *TINY_LLM,
+        "data.validation=null",
+        "model.num_region_tokens=5",
+    ]
+    config = load_config(CONFIGS / "align_quick.yaml", [*words, "model.boxes_per_phrase=3"])
+    model, processor = build_mllm(config, World(rank=0, local_rank=0, size=1, local_size=1, use_cpu=True))
+    assert model.config.num_region_tokens == processor.num_region_tokens == 5
+    assert model.model.grounding_head.ordinals.shape[0] == 2
+    with torch.device("meta"):
+        skeleton = mllm_skeleton(config)
+    assert skeleton.config.num_region_tokens == 5
+    assert skeleton.model.grounding_head.ordinals.shape == model.model.grounding_head.ordinals.shape
+    with pytest.raises(ClocError, match=r"'model\.num_region_tokens' is 4"):
+        load_config(CONFIGS / "align_quick.yaml", [*words, "model.num_region_tokens=4"])
+    with pytest.raises(ClocError, match="'boxes_per_phrase' is the grounding head's"):
+        load_config(CONFIGS / "align_quick.yaml", [*words, "model.grounding=text", "model.boxes_per_phrase=2"])
