@@ -12,6 +12,7 @@ import torch
 from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
 from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.answer_text import absent_phrases
 from cloc_mllm.models.modeling_cloc import ClocOutput
 from cloc_mllm.objectives import (
     clip_loss,
@@ -27,7 +28,7 @@ from cloc_mllm.training.options import AlignDataOptions, MllmObjective, Pretrain
 from cloc_mllm.training.phrases import PhraseEmbedder
 from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer
 from cloc_mllm.training.tune import TuneTrainer
-from tests.builders import tiny_cloc
+from tests.builders import noise_image, tiny_cloc
 from tests.builders_mllm import assistant, grounding_turn, image, region, text, tiny_mllm, user
 from tests.builders_training import CONFIGS, TINY_LLM, write_regions
 
@@ -206,6 +207,45 @@ def test_alignment_tells_names_and_finds_and_never_asks_for_the_ambiguous(tmp_pa
         assert any(r["text"] == named and r["box"] == asked[0]["box"] for r in regions)
     repeated = [i["text"] for i in made[0]["messages"][0]["content"] if i["type"] == "text"]
     assert repeated == ["Describe the image."]
+
+
+def test_alignment_asks_for_every_one_and_for_what_is_not_there(tmp_path: Path) -> None:
+    """Squares of like colours are found together; what is asked for in vain shares no word with the image's texts."""
+    names = ["red ring", "red ring", "big red ring", "blue star"]
+    samples = [
+        {
+            "image": noise_image(seed=number),
+            "caption": f"picture {number}",
+            "regions": [
+                {"box": [k, k, k + 9, k + 9 + number], "text": name}
+                for k, name in enumerate(names if number % 2 else ["green cross"])
+            ],
+        }
+        for number in range(6)
+    ]
+    dataset = RegionTextDataset(samples, max_regions=None)
+    options = AlignDataOptions(train="x", referring=0, grounding=0, several=2, absent=1)
+    made = AlignConversations(dataset, options, seed=0)
+    _, processor = tiny_mllm()
+    said = []
+    for index in range(6):
+        turns = made[index]["messages"][2:]
+        assert made[index]["messages"][2:] == turns  # the same each time
+        batch = processor.encode(made[index]["messages"], return_labels=True)
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            asked = question["content"][0]["text"]
+            if not asked.startswith("Where is every"):
+                said.append((index % 2, answer["content"][0]["text"]))
+                continue
+            assert asked == "Where is every red ring?"
+            found = [item["box"] for item in answer["content"] if item["type"] == "region"]
+            assert sorted(found) == [[k, k, k + 9, k + 9 + index] for k in range(3)]
+            assert batch["ground_phrases"] == ["red ring"] * 3
+            assert torch.equal(batch["ground_boxes"], batch["ground_boxes"][batch["ground_boxes"][:, 0].argsort()])
+        assert (index % 2 == 1) == ("ground_phrases" in batch and len(batch["ground_phrases"]) == 3)
+    assert len(said) >= 4  # an image is drawn from its like only, now and then
+    for has_rings, answer in said:
+        assert absent_phrases(answer)[0] in (["green cross"] if has_rings else names)
 
 
 def test_the_first_sample_is_shown_with_what_is_learnt() -> None:
