@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from transformers import (
 from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.answer_text import absent_answer
 from cloc_mllm.models.assembly_cloc_mllm import EncoderParts, prompter_like
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig, feature_strategy
 from cloc_mllm.models.image_tokens import checked_pinpoints, default_pinpoints
@@ -257,8 +259,9 @@ class AlignConversations(Dataset):
 
     Args:
         dataset: The samples, with all regions they are to have.
-        referring: Most regions an image that are shown and must be named.
-        grounding: Most phrases an image that must be found; only phrases that name one region of their image.
+        options: How many turns of which kind an image has at most: regions that are shown and must be named
+            (`referring`), phrases that name one region and must be found (`grounding`), phrases that name several
+            (`several`: as far as the texts say), and phrases that are not there (`absent`).
         seed: Seed of which regions play which part.
     """
 
@@ -293,7 +296,49 @@ class AlignConversations(Dataset):
         for region in to_find:
             answer = [_text(f"{region['text']} "), {"type": "region", "box": region["box"], "phrase": region["text"]}]
             messages += _turn([_text(f"Where is the {region['text']}?")], answer)
+        for phrase, boxes in self._several(regions):
+            found = [{"type": "region", "box": box, "phrase": phrase} for box in boxes]
+            messages += _turn([_text(f"Where is every {phrase}?")], [_text(f"{phrase} "), *found])
+        for phrase in self._absent(item, index, epoch):
+            messages += _turn([_text(f"Where is the {phrase}?")], absent_answer(phrase))
         return {"messages": messages, "id": item["id"], "sample": item["id"], "index": index}
+
+    def _several(self, regions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
+        """Phrases that fit several regions, and the boxes of all of them.
+
+        A phrase fits a region whose text holds all of its words, as in `unique_regions`.
+        """
+        ambiguous = dict.fromkeys(str(region["text"]) for region in regions if not region["unique"])
+        fitting = ((phrase, [r["box"] for r in regions if _words(phrase) <= _words(r["text"])]) for phrase in ambiguous)
+        yield from itertools.islice(((p, boxes) for p, boxes in fitting if len(boxes) > 1), self.options.several)
+
+    def _absent(self, item: Mapping[str, Any], index: int, epoch: int) -> list[str]:
+        """Phrases of other images that share no word with this one's texts: what is there may go unsaid."""
+        said = _words(" ".join([item["caption"], *(str(region["text"]) for region in item["regions"])]))
+        found: list[str] = []
+        draws = _ABSENT_DRAWS * self.options.absent
+        for other in np.random.default_rng([self.seed, epoch, index, 1]).integers(len(self), size=draws):
+            regions = self.dataset.source[int(other)].get("regions")
+            for region in regions if isinstance(regions, (list, tuple)) else ():
+                text = region.get("text") if isinstance(region, Mapping) else None
+                # What else may be wrong with that sample is found when it is read itself.
+                if (
+                    isinstance(text, str)
+                    and text.strip()
+                    and not _words(text) & said
+                    and len(found) < self.options.absent
+                ):
+                    found.append(text)
+                    said |= _words(text)
+        return found
+
+
+_ABSENT_DRAWS = 8
+"""Images looked at for each phrase that is to be absent; where none of them has one, the turn is left out."""
+
+
+def _words(text: Any) -> frozenset[str]:
+    return frozenset(str(text).lower().split())
 
 
 def _text(text: str) -> dict[str, Any]:

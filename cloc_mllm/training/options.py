@@ -396,6 +396,8 @@ class AlignDataOptions(Block):
     max_length: Positive | None = option(None, "longest sequence in tokens; longer ones lose whole exchanges")
     referring: Count = option(2, "regions an image that are given and must be named")
     grounding: Count = option(2, "phrases an image that are given and must be found")
+    several: Count = option(0, "phrases an image that name several regions, all to be found")
+    absent: Count = option(0, "phrases of other images an image that are asked for and not there")
 
 
 class InstructDataOptions(Block):

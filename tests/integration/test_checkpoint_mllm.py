@@ -90,7 +90,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     processor.save_pretrained(folder)
     Image.effect_noise((40, 30), 60).save(folder / "picture.png")
     picture = {"type": "image", "image": str(folder / "picture.png")}
-    turns = [[user(picture, text("what is "), region(3, 4, 20, 25), text("?"))], [user("how many crosses are there")]]
+    regions = (region(3, 4, 20, 25), {"type": "region", "scribble": [[1, 2], [30, 9]]})
+    turns = [[user(picture, text("what is "), *regions, text("?"))], [user("how many crosses are there")]]
     (folder / "turns.json").write_text(json.dumps(turns))
     return folder, model, processor
 

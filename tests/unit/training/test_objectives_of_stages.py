@@ -11,6 +11,8 @@ import torch
 
 from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
 from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.errors import ClocError
+from cloc_mllm.models.answer_text import absent_phrases
 from cloc_mllm.models.modeling_cloc import ClocOutput
 from cloc_mllm.objectives import (
     clip_loss,
@@ -19,14 +21,16 @@ from cloc_mllm.objectives import (
     region_text_sigmoid_loss,
     sigmoid_loss,
 )
-from cloc_mllm.training.mllm import AlignConversations, blind, first_sample_report
+from cloc_mllm.training.config import load_config
+from cloc_mllm.training.launch import World
+from cloc_mllm.training.mllm import AlignConversations, blind, build_mllm, first_sample_report, mllm_skeleton
 from cloc_mllm.training.options import AlignDataOptions, MllmObjective, PretrainObjective
 from cloc_mllm.training.phrases import PhraseEmbedder
 from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer
 from cloc_mllm.training.tune import TuneTrainer
-from tests.builders import tiny_cloc
+from tests.builders import noise_image, tiny_cloc
 from tests.builders_mllm import assistant, grounding_turn, image, region, text, tiny_mllm, user
-from tests.builders_training import write_regions
+from tests.builders_training import CONFIGS, TINY_LLM, write_regions
 
 
 def pretrainer(**objective: Any) -> Any:
@@ -205,6 +209,45 @@ def test_alignment_tells_names_and_finds_and_never_asks_for_the_ambiguous(tmp_pa
     assert repeated == ["Describe the image."]
 
 
+def test_alignment_asks_for_every_one_and_for_what_is_not_there(tmp_path: Path) -> None:
+    """Squares of like colours are found together; what is asked for in vain shares no word with the image's texts."""
+    names = ["red ring", "red ring", "big red ring", "blue star"]
+    samples = [
+        {
+            "image": noise_image(seed=number),
+            "caption": f"picture {number}",
+            "regions": [
+                {"box": [k, k, k + 9, k + 9 + number], "text": name}
+                for k, name in enumerate(names if number % 2 else ["green cross"])
+            ],
+        }
+        for number in range(6)
+    ]
+    dataset = RegionTextDataset(samples, max_regions=None)
+    options = AlignDataOptions(train="x", referring=0, grounding=0, several=2, absent=1)
+    made = AlignConversations(dataset, options, seed=0)
+    _, processor = tiny_mllm()
+    said = []
+    for index in range(6):
+        turns = made[index]["messages"][2:]
+        assert made[index]["messages"][2:] == turns  # the same each time
+        batch = processor.encode(made[index]["messages"], return_labels=True)
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            asked = question["content"][0]["text"]
+            if not asked.startswith("Where is every"):
+                said.append((index % 2, answer["content"][0]["text"]))
+                continue
+            assert asked == "Where is every red ring?"
+            found = [item["box"] for item in answer["content"] if item["type"] == "region"]
+            assert sorted(found) == [[k, k, k + 9, k + 9 + index] for k in range(3)]
+            assert batch["ground_phrases"] == ["red ring"] * 3
+            assert torch.equal(batch["ground_boxes"], batch["ground_boxes"][batch["ground_boxes"][:, 0].argsort()])
+        assert (index % 2 == 1) == ("ground_phrases" in batch and len(batch["ground_phrases"]) == 3)
+    assert len(said) >= 4  # an image is drawn from its like only, now and then
+    for has_rings, answer in said:
+        assert absent_phrases(answer)[0] in (["green cross"] if has_rings else names)
+
+
 def test_the_first_sample_is_shown_with_what_is_learnt() -> None:
     _, processor = tiny_mllm()
     turns = [user(image(), text("what is "), region(1, 2, 20, 20)), assistant("a red ring")]
@@ -226,3 +269,28 @@ def test_blinding_hides_the_image_from_every_output() -> None:
     assert torch.equal(outputs[0].pred_boxes, outputs[1].pred_boxes)
     with pytest.raises(Exception, match="would learn to see again"):
         blind(model, "full")
+
+
+def test_a_preset_says_how_many_tokens_a_region_and_boxes_a_phrase_has(encoder_folder: Path, tmp_path: Path) -> None:
+    """The model, its processor and the skeleton that is counted agree; what has no meaning is refused."""
+    (tmp_path / "data").mkdir()
+    words = [
+        f"model.encoder={encoder_folder}",
+        f"data.train={write_regions(tmp_path / 'data', 4)}",
+        f"run.output={tmp_path / 'run'}",
+        *TINY_LLM,
+        "data.validation=null",
+        "model.num_region_tokens=5",
+    ]
+    config = load_config(CONFIGS / "align_quick.yaml", [*words, "model.boxes_per_phrase=3"])
+    model, processor = build_mllm(config, World(rank=0, local_rank=0, size=1, local_size=1, use_cpu=True))
+    assert model.config.num_region_tokens == processor.num_region_tokens == 5
+    assert model.model.grounding_head.ordinals.shape[0] == 2
+    with torch.device("meta"):
+        skeleton = mllm_skeleton(config)
+    assert skeleton.config.num_region_tokens == 5
+    assert skeleton.model.grounding_head.ordinals.shape == model.model.grounding_head.ordinals.shape
+    with pytest.raises(ClocError, match=r"'model\.num_region_tokens' is 4"):
+        load_config(CONFIGS / "align_quick.yaml", [*words, "model.num_region_tokens=4"])
+    with pytest.raises(ClocError, match="'boxes_per_phrase' is the grounding head's"):
+        load_config(CONFIGS / "align_quick.yaml", [*words, "model.grounding=text", "model.boxes_per_phrase=2"])
