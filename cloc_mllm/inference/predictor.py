@@ -29,7 +29,6 @@ from cloc_mllm.inference.templates import Templates, is_region, question_items, 
 from cloc_mllm.models.answer_text import AnswerText as Answer
 from cloc_mllm.models.conversation_cloc_mllm import ConversationError
 from cloc_mllm.models.image_tokens import ImageTokens
-from cloc_mllm.models.modeling_cloc_mllm import ClocMllmModel
 
 MODEL_TYPE = "cloc_mllm"
 BATCH_SIZE = 16
@@ -366,7 +365,6 @@ class Predictor:
         names = [name for name in inspect.signature(inner.get_image_features).parameters if name.startswith("region_")]
         given = [inputs.pop(name).split(REGIONS_AT_ONCE) for name in names if name in inputs]
         tokens = self.model.encode_inputs(inputs)["mm_encoder_outputs"]["image"].last_hidden_state
-        assert inner.prompter is not None  # the caller has looked
         parts = []
         for boxes, index, *more in zip(*given, strict=True):
             low, high = int(index[0]), int(index[-1])
@@ -374,9 +372,10 @@ class Predictor:
         return list(functional.normalize(torch.cat(parts).float(), dim=-1).split(counts))
 
     @property
-    def _inner(self) -> ClocMllmModel:
+    def _inner(self) -> Any:
         """The model without its head, within adapters or not."""
-        return next(module for module in self.model.modules() if isinstance(module, ClocMllmModel))
+        unwrapped = getattr(self.model, "get_base_model", None)
+        return (unwrapped() if unwrapped else self.model).base_model
 
     def _each(
         self,
