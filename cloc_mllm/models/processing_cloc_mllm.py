@@ -18,7 +18,16 @@ from transformers.utils import logging
 
 from .answer_text import AnswerText, read_answer
 from .boxes import BoxCodec
-from .chat_template import IGNORED, build_chat_template, chat_style, fence, render_chat, tokenize_chat, unfence
+from .chat_template import (
+    IGNORED,
+    build_chat_template,
+    chat_style,
+    fence,
+    has_generation_block,
+    render_chat,
+    tokenize_chat,
+    unfence,
+)
 from .configuration_cloc import has_class_token
 from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, feature_strategy
 from .conversation_cloc_mllm import (
@@ -118,8 +127,11 @@ class ClocMllmProcessor(LlavaProcessor):
             chat_template: A Jinja template of your own. The tokenizer's end-of-sequence token must be what ends a turn.
 
         Raises:
-            ValueError: If the images do not come in the size the tower takes, or a name is unknown.
+            ValueError: If the images do not come in the size the tower takes, a name is unknown, or a template does
+                not mark what the assistant says.
         """
+        if chat_template is not None and not has_generation_block(chat_template):
+            raise ValueError("the chat template lacks {% generation %} around what the assistant says, which is learnt")
         if image_processor.size != vision_config.image_size:
             raise ValueError(
                 f"the image processor makes images of {image_processor.size} pixels, the tower takes "

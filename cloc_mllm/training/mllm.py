@@ -26,6 +26,7 @@ from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.assembly_cloc_mllm import prompter_like
+from cloc_mllm.models.chat_template import has_generation_block
 from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig, has_class_token
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
 from cloc_mllm.models.modeling_cloc import ClocModel
@@ -55,6 +56,12 @@ def build_mllm(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCond
     """
     kind, _, path = config.model.init.partition(":")
     model, processor = load_mllm(path) if kind == "mllm" else _from_parts(config, world)
+    if not has_generation_block(processor.chat_template):
+        raise ClocError(
+            "its chat template lacks {% generation %} around what the assistant says: nothing could be learnt with it",
+            file=path or None,
+            remedy="Mend chat_template.jinja.",
+        )
     if config.model.blind:
         blind(model, tower_mode=config.parts.vision_tower.mode)
     return model.train(), processor
