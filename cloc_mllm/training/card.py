@@ -15,6 +15,7 @@ from cloc_mllm.training.config import AnyConfig, PretrainConfig, write_config
 HERE = "."
 """What the snippets load: the folder that the card lies in. Pushing to the hub puts the repository's name there."""
 
+_TABLE = "| figure at the end of training | value |\n|---|---|\n"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MLLM = f"""\
 from PIL import Image
@@ -76,9 +77,16 @@ def write_card(folder: Path, config: AnyConfig, metrics: dict[str, float]) -> No
     ]
     if metrics:
         figures = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items()))
-        body.append(f"| figure at the end of training | value |\n|---|---|\n{figures}")
+        body.append(f"{_TABLE}{figures}")
     header = yaml.safe_dump(_header(config), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{header}---\n\n" + "\n\n".join(body).rstrip() + "\n", encoding="utf-8")
+
+
+def read_metrics(card: Path) -> dict[str, float]:
+    """The final figures of a card that `write_card` wrote; empty if it has none."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    table = text.partition(_TABLE)[2]
+    return {name: float(value) for name, value in re.findall(r"^\| (\w+) \| (\S+) \|$", table, re.MULTILINE)}
 
 
 def read_header(card: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def export_clip(model: str | PathLike[str], out: str | PathLike[str], part: str 
         "encoder": "A stock `CLIPModel`, both sides of a CLOC encoder:",
     }[part]
     snippet = {"tower": _TOWER, "encoder": _ENCODER}[part].format(folder=folder.name)
-    (folder / "README.md").write_text(card(title, lead, snippet, notes), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, title, lead, snippet, notes), encoding="utf-8")
     return Exported(folder, notes)
 
 

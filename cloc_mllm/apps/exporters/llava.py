@@ -72,6 +72,7 @@ def export_llava(model: str | PathLike[str], out: str | PathLike[str]) -> Export
     ours.generation_config.save_pretrained(str(folder))
     stock_processor(processor, images).save_pretrained(str(folder))
     text = card(
+        model,
         f"{Path(model).resolve().parent.name} as LLaVA",
         "A stock `LlavaForConditionalGeneration`: the tower, the projector and the language model of a region-aware "
         "MLLM. It answers questions on whole images.",
