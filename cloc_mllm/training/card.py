@@ -123,13 +123,12 @@ def _origins(config: AnyConfig) -> dict[str, Any]:
 
 def _header(config: AnyConfig) -> dict[str, Any]:
     """What the hub reads: names of the hub only, since it refuses others; a base's own card is asked for its bases."""
-    is_mllm = not isinstance(config, PretrainConfig)
     header: dict[str, Any] = {"library_name": "transformers"}
-    if is_mllm:
-        header["pipeline_tag"] = "image-text-to-text"
     starts = [config.model.init.partition(":")[2]]
-    if is_mllm and config.model.init == "parts":
-        starts = [config.model.encoder or "", config.model.llm]
+    if not isinstance(config, PretrainConfig):
+        header["pipeline_tag"] = "image-text-to-text"
+        if config.model.init == "parts":
+            starts = [config.model.encoder or "", config.model.llm]
     bases: list[str] = []
     for start in filter(None, starts):
         if Path(start).is_dir():
