@@ -148,6 +148,13 @@ def test_what_llava_has_no_place_for_is_refused(change: Any, problem: str) -> No
         llava._refuse_what_llava_is_not(model, "m")
 
 
+def test_weights_without_a_place_are_refused() -> None:
+    model, _ = tiny_mllm()
+    model.model.stray = torch.nn.Linear(2, 2)
+    with pytest.raises(ClocError, match=r"it has no place for 'model\.stray\.bias'"):
+        llava.llava_model(model)
+
+
 def test_logits_that_differ_are_refused() -> None:
     model, _ = tiny_mllm()
     stock = llava.llava_model(model)
