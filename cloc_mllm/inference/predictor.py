@@ -488,8 +488,8 @@ def _check_folder(path: str | PathLike[str]) -> None:
     """Say plainly what is wrong with a folder that holds no model; names on the hub are left to the hub."""
     folder = Path(path)
     if folder.is_dir() and (folder / "adapter_config.json").exists():
-        remedy = f"Merge it first: cloc-mllm merge {folder} --out DIR."
-        raise ClocError("this is an adapter, not a model", file=folder, remedy=remedy)
+        merge = f"Merge it first: cloc-mllm merge {folder} --out DIR."
+        raise ClocError("this is an adapter, not a model", file=folder, remedy=merge)
     if folder.is_dir() and not (folder / "config.json").exists():
         inner = folder / "export"
         remedy = f"Did you mean '{inner}'?" if (inner / "config.json").exists() else None

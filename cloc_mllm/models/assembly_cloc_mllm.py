@@ -215,8 +215,19 @@ def _check_same_logits(model: Any, llm: PreTrainedModel) -> None:
 def _extend_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]) -> None:
     """Rows for the new tokens, at the mean of the old ones; never fewer rows than the language model had."""
     before = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > before:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    # Ids may have gaps, so that the highest one lies beyond the number of tokens.
+    needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if needed > before:
+        try:
+            model.resize_token_embeddings(needed, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+        except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the language model has embeddings for {before} tokens and cannot be given more, but the tokenizer "
+                f"with <image>, <region> and <ground> needs {needed}: {error}"
+            ) from error
+    have = min(m.weight.shape[0] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if have < needed:
+        raise ValueError(f"the language model has embeddings for {have} tokens, but the tokenizer needs {needed}")
     weights = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     for weight in weights.values():
         fresh = sorted({*range(before, len(weight)), *ids.values()})

@@ -40,6 +40,8 @@ IGNORED = -100
 _OPEN, _CLOSE = "\U000f10c0", "\U000f10c1"
 _FENCED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
 _TEMPLATE = """\
 {%- macro show(content) -%}
 {%- if content is string -%}{{- content -}}{%- else -%}
@@ -190,6 +192,11 @@ def build_chat_template(tokenizer: PreTrainedTokenizerBase, style: str = "auto")
     ):
         template = template.replace(name, json.dumps(value))
     return template
+
+
+def has_generation_block(template: str) -> bool:
+    """Whether a template marks what the assistant says, which is what training learns."""
+    return _GENERATION.search(template) is not None
 
 
 def fence(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -20,7 +20,16 @@ from transformers.utils import logging
 from .answer_text import AnswerText, absent_phrases, read_answer
 from .box_constraint import BoxConstraint, BoxTokens
 from .boxes import BoxCodec
-from .chat_template import IGNORED, build_chat_template, chat_style, fence, render_chat, tokenize_chat, unfence
+from .chat_template import (
+    IGNORED,
+    build_chat_template,
+    chat_style,
+    fence,
+    has_generation_block,
+    render_chat,
+    tokenize_chat,
+    unfence,
+)
 from .configuration_cloc import has_class_token
 from .configuration_cloc_mllm import CONTROL_TOKENS, GROUNDING_MODES, check_region_tokens, feature_strategy
 from .conversation_cloc_mllm import (
@@ -144,9 +153,11 @@ class ClocMllmProcessor(LlavaProcessor):
             num_region_tokens: As in the model.
 
         Raises:
-            ValueError: If the images do not come in the size the tower takes, a name is unknown, or the projector does
-                not fit the tower's patches.
+            ValueError: If the images do not come in the size the tower takes, a name is unknown, the projector does not
+                fit the tower's patches, or a template does not mark what the assistant says.
         """
+        if chat_template is not None and not has_generation_block(chat_template):
+            raise ValueError("the chat template lacks {% generation %} around what the assistant says, which is learnt")
         if image_processor.size != vision_config.image_size:
             raise ValueError(
                 f"the image processor makes images of {image_processor.size} pixels, the tower takes "

@@ -44,6 +44,7 @@ def save_adapter(adapted: Any, base: str | Path, processor: Any, folder: Path) -
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     # The embeddings' trained rows are saved as such; "auto" would ask the hub about the base.
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, which says nothing; the run writes its own
     processor.save_pretrained(str(folder))
     (folder / BASE_FILE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
 
@@ -71,6 +72,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
     require_base(adapter, base)
     # Imported late: what is wrong with the folders has been said without waiting for it.
     from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
+    from cloc_mllm.training.card import read_metrics, write_card
+    from cloc_mllm.training.config import load_config
     from cloc_mllm.training.mllm import load_mllm
 
     model, _ = load_mllm(base)
@@ -80,9 +83,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
     shutil.rmtree(temporary, ignore_errors=True)
     merged.save_pretrained(str(temporary))
     ClocMllmProcessor.from_pretrained(str(adapter)).save_pretrained(str(temporary))
-    for name in ("README.md", "run.yaml"):
-        if (adapter / name).exists():
-            shutil.copyfile(adapter / name, temporary / name)
+    if (adapter / "run.yaml").exists():
+        write_card(temporary, load_config(adapter / "run.yaml"), read_metrics(adapter / "README.md"))
     if out.exists():
         out.rmdir()
     return temporary.replace(out)

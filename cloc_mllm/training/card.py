@@ -15,6 +15,7 @@ from cloc_mllm.training.config import AnyConfig, PretrainConfig, write_config
 HERE = "."
 """What the snippets load: the folder that the card lies in. Pushing to the hub puts the repository's name there."""
 
+_TABLE = "| figure at the end of training | value |\n|---|---|\n"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MLLM = f"""\
 from PIL import Image
@@ -76,9 +77,16 @@ def write_card(folder: Path, config: AnyConfig, metrics: dict[str, float]) -> No
     ]
     if metrics:
         figures = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items()))
-        body.append(f"| figure at the end of training | value |\n|---|---|\n{figures}")
+        body.append(f"{_TABLE}{figures}")
     header = yaml.safe_dump(_header(config), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{header}---\n\n" + "\n\n".join(body).rstrip() + "\n", encoding="utf-8")
+
+
+def read_metrics(card: Path) -> dict[str, float]:
+    """The final figures of a card that `write_card` wrote; empty if it has none."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    table = text.partition(_TABLE)[2]
+    return {name: float(value) for name, value in re.findall(r"^\| (\w+) \| (\S+) \|$", table, re.MULTILINE)}
 
 
 def read_header(card: Path) -> dict[str, Any]:
@@ -115,13 +123,12 @@ def _origins(config: AnyConfig) -> dict[str, Any]:
 
 def _header(config: AnyConfig) -> dict[str, Any]:
     """What the hub reads: names of the hub only, since it refuses others; a base's own card is asked for its bases."""
-    is_mllm = not isinstance(config, PretrainConfig)
     header: dict[str, Any] = {"library_name": "transformers"}
-    if is_mllm:
-        header["pipeline_tag"] = "image-text-to-text"
     starts = [config.model.init.partition(":")[2]]
-    if is_mllm and config.model.init == "parts":
-        starts = [config.model.encoder or "", config.model.llm]
+    if not isinstance(config, PretrainConfig):
+        header["pipeline_tag"] = "image-text-to-text"
+        if config.model.init == "parts":
+            starts = [config.model.encoder or "", config.model.llm]
     bases: list[str] = []
     for start in filter(None, starts):
         if Path(start).is_dir():

@@ -29,6 +29,7 @@ from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.answer_text import absent_answer
 from cloc_mllm.models.assembly_cloc_mllm import EncoderParts, prompter_like
+from cloc_mllm.models.chat_template import has_generation_block
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig, feature_strategy
 from cloc_mllm.models.image_tokens import checked_pinpoints, default_pinpoints
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
@@ -63,6 +64,12 @@ def build_mllm(config: TuneConfig, world: launch.World) -> tuple[ClocMllmForCond
         _set_image_mode(config, model, processor)
     else:
         model, processor = _from_parts(config, world)
+    if not has_generation_block(processor.chat_template):
+        raise ClocError(
+            "its chat template lacks {% generation %} around what the assistant says: nothing could be learnt with it",
+            file=path or None,
+            remedy="Mend chat_template.jinja.",
+        )
     if config.model.blind:
         blind(model, tower_mode=config.parts.vision_tower.mode)
     return model.train(), processor

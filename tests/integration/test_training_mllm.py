@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cloc_mllm.training.adapters import merge_adapter
 from cloc_mllm.training.mllm import load_mllm
 from tests.builders import noise_image
 from tests.builders_training import (
@@ -92,9 +93,14 @@ def test_frozen_parts_leave_training_as_they_came(folder: Path, reference: Path)
 
 def test_lora_at_stage_3_in_bf16_exports_a_whole_merged_model(folder: Path) -> None:
     lora = ("parts.llm={mode: lora, rank: 4, alpha: 8}", "run.zero=3", "run.precision=bf16", "run.save_every=3")
+    lora += ("run.export=both",)
     whole = instruct(folder, "lora", 2, *lora, "run.keep=null")
     before, _ = load_mllm(folder / "align" / "export")
     after, _ = load_mllm(whole / "export")
+    # The adapter on its own, merged later, is the same model.
+    later, _ = load_mllm(merge_adapter(whole / "adapter", folder / "lora_merged"))
+    for name, value in after.state_dict().items():
+        torch.testing.assert_close(later.state_dict()[name], value, atol=1e-6, rtol=0, msg=name)
     changed = {n for n, v in after.state_dict().items() if not torch.equal(v, before.state_dict()[n])}
     assert any("language_model.layers.0.self_attn.q_proj" in name for name in changed)
     assert not any("layernorm" in name for name in changed), "LoRA must leave the LLM's norms alone"

@@ -68,7 +68,7 @@ def export_clip(model: str | PathLike[str], out: str | PathLike[str], part: str 
         "encoder": "A stock `CLIPModel`, both sides of a CLOC encoder:",
     }[part]
     snippet = {"tower": _TOWER, "encoder": _ENCODER}[part].format(folder=folder.name)
-    (folder / "README.md").write_text(card(title, lead, snippet, notes), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, title, lead, snippet, notes), encoding="utf-8")
     return Exported(folder, notes)
 
 
@@ -139,12 +139,12 @@ def _clip_processor(processor: Any, images: Any) -> Any:
     from transformers import CLIPProcessor
 
     tokenizer = copy.deepcopy(processor.tokenizer)
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if processor.lower_case and core is None:
-        raise ClocError(
-            "this tokenizer cannot be told to lower-case its texts, which stock CLIP's processor does not do itself"
-        )
     if processor.lower_case:
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        if core is None:
+            raise ClocError(
+                "this tokenizer cannot lower-case its texts, which stock CLIP's processor does not do itself"
+            )
         own = [core.normalizer] if core.normalizer is not None else []
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
     tokenizer.model_max_length = processor.max_length

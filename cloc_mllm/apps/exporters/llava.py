@@ -72,6 +72,7 @@ def export_llava(model: str | PathLike[str], out: str | PathLike[str]) -> Export
     ours.generation_config.save_pretrained(str(folder))
     stock_processor(processor, images).save_pretrained(str(folder))
     text = card(
+        model,
         f"{Path(model).resolve().parent.name} as LLaVA",
         "A stock `LlavaForConditionalGeneration`: the tower, the projector and the language model of a region-aware "
         "MLLM. It answers questions on whole images.",
@@ -84,7 +85,11 @@ def export_llava(model: str | PathLike[str], out: str | PathLike[str]) -> Export
 
 
 def llava_model(ours: Any) -> Any:
-    """The part of an MLLM that is stock LLaVA, as transformers' own class; the weights are shared, not copied."""
+    """The part of an MLLM that is stock LLaVA, as transformers' own class; the weights are shared, not copied.
+
+    Raises:
+        ClocError: Weights beside those of our own parts have no place in it.
+    """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -101,6 +106,8 @@ def llava_model(ours: Any) -> Any:
         if not name.startswith(OURS) and name not in weights:
             owner, _, leaf = name.rpartition(".")
             setattr(stock.get_submodule(owner), leaf, buffer)
+    if homeless := sorted(set(weights) - set(stock.state_dict())):
+        raise ClocError(f"cannot be exported as LLaVA: it has no place for '{homeless[0]}'")
     stock.load_state_dict(weights, strict=True, assign=True)
     stock.tie_weights()
     stock.generation_config = ours.generation_config

@@ -6,8 +6,8 @@ Licence: the data is CC BY-NC 4.0; pictures have licences of their own.
 A sample is {"id", "image", "image_w", "image_h", "conversations": [{"from": "human" | "gpt", "value"}],
 "box_x1y1x2y2": [[[x1, y1, x2, y2], ...], ...]}: box k of turn t stands where `<bbox_locationk>` is in turn t. Samples
 without "box_x1y1x2y2" are plain LLaVA ones. A box in a human turn becomes a region that is shown, one in an answer a
-region to be found. Ferret draws points from "masks" in training; here they are left out and counted, as are the keys
-"dataset" and "location_instruction", by which Ferret's loader marks samples.
+region to be found. Ferret draws points from "masks" in training; here they are left out and counted, as is "model". The
+keys "dataset" and "location_instruction", by which Ferret's own loader marks samples, are not needed.
 
 Frame: pixels of the original image, `image_w` x `image_h`, which must be the picture's. Boxes that reach beyond it are
 clipped and counted, as Ferret does.
@@ -80,6 +80,7 @@ def _messages(raw: Mapping[str, Any], pictures: Pictures, counts: Counter[str]) 
     size = pictures.size(place)
     _check_size(raw, size)
     counts["masks_left_out"] += "masks" in raw
+    counts["model_key_dropped"] += "model" in raw
     messages = from_llava(raw)
     boxes = _boxes_of_turns(raw, len(messages))
     for number, (message, of_turn) in enumerate(zip(messages, boxes, strict=True)):

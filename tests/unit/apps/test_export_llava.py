@@ -23,6 +23,7 @@ from cloc_mllm.models.chat_template import build_chat_template, fence, render_ch
 from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
+from cloc_mllm.training.card import read_header
 from tests.builders import noise_image, save_tiny_siglip
 from tests.builders_mllm import assistant, image, region, text, tiny_llm_tokenizer, tiny_mllm, user
 
@@ -147,6 +148,13 @@ def test_what_llava_has_no_place_for_is_refused(change: Any, problem: str) -> No
         llava._refuse_what_llava_is_not(model, "m")
 
 
+def test_weights_without_a_place_are_refused() -> None:
+    model, _ = tiny_mllm()
+    model.model.stray = torch.nn.Linear(2, 2)
+    with pytest.raises(ClocError, match=r"it has no place for 'model\.stray\.bias'"):
+        llava.llava_model(model)
+
+
 def test_logits_that_differ_are_refused() -> None:
     model, _ = tiny_mllm()
     stock = llava.llava_model(model)
@@ -190,7 +198,10 @@ def test_templates_without_generation_tags_render_the_same(style: str) -> None:
 
 def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("---\nlicense: mit\nbase_model: [org/llm]\ntags: [cloc]\n---\n")
     assert main(["export", str(tmp_path / "m"), "--format", "llava", "--out", str(tmp_path / "out")]) == 0
+    header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "mit"}
+    assert read_header(tmp_path / "out" / "README.md") == {**header, "base_model": ["org/llm"]}
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("Left out, as LLaVA has no place for it: the region encoder")
     assert printed[-1] == str(tmp_path / "out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -9,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from cloc_mllm.models.answer_text import phrase_before
 from cloc_mllm.models.chat_template import build_chat_template, detect_style
 from cloc_mllm.models.conversation_cloc_mllm import ConversationError
+from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
 from tests.builders import tiny_cloc
-from tests.builders_mllm import assistant, image, text, tiny_llm_tokenizer, user
+from tests.builders_mllm import assistant, image, text, tiny_llm_tokenizer, tiny_mllm, user
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -149,9 +152,11 @@ def test_a_template_of_ones_own() -> None:
 
 
 def test_a_template_that_would_teach_nothing_or_lose_images_is_refused() -> None:
-    silent = processor_for(
-        tiny_llm_tokenizer(), chat_template="{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
-    )
+    own = "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"the chat template lacks \{% generation %\}"):
+        processor_for(tiny_llm_tokenizer(), chat_template=own)
+    silent = processor_for(tiny_llm_tokenizer())
+    silent.chat_template = own  # as a checkpoint made elsewhere may have it
     with pytest.raises(ConversationError, match=r"the chat template lacks \{% generation %\}"):
         silent.encode([user("why"), assistant("yes")], return_labels=True)
     with pytest.raises(ConversationError, match="0 <image>, but the conversation holds 1: the chat template drops"):
@@ -207,3 +212,24 @@ def test_a_whitespace_pre_tokenizer_without_line_breaks() -> None:
 )
 def test_the_phrase_before_a_box(said: str, phrase: str) -> None:
     assert phrase_before(said) == phrase
+
+
+def test_a_language_model_without_room_for_the_control_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fixed(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("embeddings of a fixed size")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClocMllmForConditionalGeneration, "resize_token_embeddings", fixed)
+        with pytest.raises(ValueError, match=r"for 350 tokens and cannot be given more, .* needs 354: embeddings of a"):
+            tiny_mllm()
+        patch.setattr(ClocMllmForConditionalGeneration, "resize_token_embeddings", lambda *args, **kwargs: None)
+        with pytest.raises(ValueError, match="has embeddings for 350 tokens, but the tokenizer needs 354"):
+            tiny_mllm()
+
+
+def test_ids_beyond_the_number_of_tokens_get_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary may have gaps; its highest id, not its length, is what the embeddings have to hold."""
+    real = PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(PreTrainedTokenizerFast, "get_vocab", lambda self: {**real(self), "<far>": 500})
+    model, _ = tiny_mllm()
+    assert len(model.get_input_embeddings().weight) > 500

@@ -17,6 +17,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.inference.predictor import Predictor
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.training.adapters import base_fingerprint, merge_adapter, save_adapter
+from cloc_mllm.training.card import write_card
 from cloc_mllm.training.config import load_config
 from cloc_mllm.training.export import filled_skeleton, gather_weights
 from cloc_mllm.training.mllm import load_mllm
@@ -65,6 +66,18 @@ def test_merged_is_unmerged(mode: str, tied: bool, tmp_path: Path) -> None:
     assert (untouched.logits - expected.logits).abs().max() > 0.01
     kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(v.numel() for v in kept.values()) < sum(v.numel() for v in found.state_dict().values()) / 2
+
+
+def test_the_merged_models_card_is_no_adapters(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "adapter", tmp_path / "a")
+    config = load_config("train/configs/instruct_quick.yaml", ["model.init=mllm:some/where", "run.output=runs/mine"])
+    write_card(tmp_path / "a", config, {"eval_loss": 1.25})
+    merge_adapter(tmp_path / "a", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "ready to use" in text
+    assert "| eval_loss | 1.25 |" in text
+    assert "cloc-mllm merge" in (tmp_path / "a" / "README.md").read_text()
+    assert load_config(tmp_path / "out" / "run.yaml") == config
 
 
 @pytest.fixture(scope="module")
