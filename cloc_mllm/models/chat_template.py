@@ -56,6 +56,16 @@ _TEMPLATE = """\
 """
 
 
+_CAPTION_TEMPLATE = """\
+{{- @BEGIN -}}
+{%- for message in messages -%}{%- for item in message.content -%}
+{%- if item.type == 'image' -%}{{- "<image>" -}}
+{%- elif message.role == 'assistant' -%}{%- generation -%}{{- item.text + "\\n" -}}{%- endgeneration -%}
+{%- else -%}{{- item.text -}}{%- endif -%}
+{%- endfor -%}{%- endfor -%}
+"""
+
+
 @dataclass(frozen=True)
 class ChatStyle:
     """The markers around turns.
@@ -111,12 +121,9 @@ def chat_style(tokenizer: PreTrainedTokenizerBase, style: str = "auto") -> ChatS
 def build_chat_template(tokenizer: PreTrainedTokenizerBase, style: str = "auto") -> str:
     """The Jinja template of a style; it writes the tokenizer's begin-of-sequence token where that is no marker."""
     markers = chat_style(tokenizer, style)
-    begin = tokenizer.bos_token
-    if begin is None or begin in (markers.before, markers.end, tokenizer.eos_token):
-        begin = ""
     template = _TEMPLATE
     for name, value in (
-        ("@BEGIN", str(begin)),
+        ("@BEGIN", _begin(tokenizer, markers)),
         ("@BEFORE", markers.before),
         ("@AFTER", markers.after),
         ("@END", markers.end),
@@ -124,6 +131,20 @@ def build_chat_template(tokenizer: PreTrainedTokenizerBase, style: str = "auto")
     ):
         template = template.replace(name, json.dumps(value))
     return template.replace("@CASE", "|upper" if markers.upper else "")
+
+
+def caption_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja template of an image and its caption with nothing around them, ended by a line break.
+
+    What LLaVA's first stage reads (its conversation `plain`): no roles, no markers, no question.
+    """
+    return _CAPTION_TEMPLATE.replace("@BEGIN", json.dumps(_begin(tokenizer, chat_style(tokenizer))))
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, markers: ChatStyle) -> str:
+    """What a text begins with: the tokenizer's token for it, unless that is a marker of turns."""
+    begin = tokenizer.bos_token
+    return "" if begin is None or begin in (markers.before, markers.end, tokenizer.eos_token) else str(begin)
 
 
 def fence(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

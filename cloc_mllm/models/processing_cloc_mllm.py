@@ -224,18 +224,18 @@ class ClocMllmProcessor(LlavaProcessor):
                 read.append(self._fit(filled, template, add_generation_prompt, return_labels, max_length))
             except ValueError as error:
                 raise ConversationError(number, str(error)) from error
-        data: dict[str, Any]
+        data: dict[str, Any] = {}
         if packing:
             if add_generation_prompt or padding_side == "left":
                 raise ValueError("packed conversations are for training: nothing can be generated after them")
             rows = pack_rows([len(ids) for _, ids, _ in read], pack_length)
             packed = ([ids for _, ids, _ in read], [labels for *_, labels in read])
-            data = packed_tensors(*packed, rows, self.tokenizer.pad_token_id)
+            data |= packed_tensors(*packed, rows, self.tokenizer.pad_token_id)
             # Images, regions and <ground>s below are counted in the order of their placeholders.
             read = [read[k] for row in rows for k in row]
         else:
             side = padding_side or ("left" if add_generation_prompt else "right")
-            data = self._pad([ids for _, ids, _ in read], [labels for *_, labels in read], side)
+            data |= self._pad([ids for _, ids, _ in read], [labels for *_, labels in read], side)
         if not return_labels:
             del data["labels"]
         data |= self._vision([conversation for conversation, *_ in read], return_labels)
