@@ -23,6 +23,11 @@ ABSENT_ANSWER = "There is no {phrase}."
 ABSENT_DRAWS = 8
 """Other samples that are looked at, at most, for each phrase that is to be absent."""
 
+SMALL_WORDS = frozenset(
+    ["a", "an", "and", "at", "by", "for", "from", "her", "his", "in", "is", "it", "its", "of", "on", "one", "or", "the"]
+).union(["their", "this", "to", "two", "with"])
+"""Words that two phrases may share without being about the same."""
+
 
 class AlignConversations(Dataset):
     """Region-text samples as short conversations: tell what is seen, name what is shown, find what is named.
@@ -80,7 +85,7 @@ class AlignConversations(Dataset):
         """Phrases of other samples that share no word with anything this image is said to show.
 
         That is stricter than it need be (with a "red ring" there, no "red star" is asked for), since neither caption
-        nor regions say everything; words of three letters and fewer do not count. Fewer where few are found.
+        nor regions say everything. Words such as "the" do not count. Fewer where few are found.
         """
         here = _words(" ".join([item["caption"], *(str(region["text"]) for region in item["regions"])]))
         found: list[str] = []
@@ -132,7 +137,7 @@ class AlignConversations(Dataset):
 
 
 def _words(text: str) -> set[str]:
-    return {word for word in re.findall(r"\w+", text.lower()) if len(word) > 3}
+    return {word for word in re.findall(r"\w+", text.lower()) if word not in SMALL_WORDS}
 
 
 def _text(text: str) -> dict[str, Any]:

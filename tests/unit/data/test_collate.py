@@ -163,7 +163,7 @@ def test_where_nothing_is_left_there_is_still_a_batch_and_nothing_is_learnt(pack
 
 def test_packed_rows_are_as_long_as_asked_for() -> None:
     short = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
-    samples = [talk(name, " yes" * k) for k, name in enumerate("abc", 1)] + [{"messages": short}] * 4
+    samples = [talk(name, " yes" * (20 * k)) for k, name in enumerate("abc", 1)] + [{"messages": short}] * 4
     padded = ConversationCollator(mllm_processor())(samples)
     longest, total = padded["input_ids"].shape[1], int(padded["attention_mask"].sum())
     for options, limit in (({}, longest), ({"max_length": longest + 9}, longest + 9), ({"pack_length": total}, total)):

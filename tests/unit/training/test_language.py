@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import (
+    AutoModel,
+    BloomConfig,
+    GPT2Config,
+    Lfm2Config,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+)
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.language import EmbeddingNoise, require_packable, smooth_labels, smoothed_loss
 from cloc_mllm.training.options import MllmParts, OptimOptions
-from cloc_mllm.training.parts import apply_parts
+from cloc_mllm.training.parts import apply_parts, llm_layers
 from tests.builders_mllm import assistant, grounding_turn, image, model_inputs, region, text, tiny_mllm, user
 
 TALKS = [
@@ -98,6 +108,32 @@ def test_only_training_is_smoothed() -> None:
     assert abs(float(wanted) * 50 / int((batch["labels"][:, 1:] != -100).sum()) - float(plain)) > 1e-3
 
 
+SIZE = {"vocab_size": 64, "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4}
+FAMILIES: dict[str, tuple[PreTrainedConfig, set[str] | None]] = {
+    "phi": (PhiConfig(**SIZE, **HEADS, intermediate_size=48), {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+    "gpt2": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), {"c_attn", "c_fc", "c_proj"}),
+    # A convolution, positions of its own, biases by distance: none of the three knows where a conversation begins.
+    "lfm2": (Lfm2Config(**SIZE, **HEADS, num_key_value_heads=2, layer_types=["conv", "full_attention"]), None),
+    "opt": (OPTConfig(**SIZE, **HEADS, ffn_dim=48, word_embed_proj_dim=32), None),
+    "bloom": (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), None),
+}
+
+
+def around(config: PreTrainedConfig) -> Any:
+    """As much of an MLLM as there is around its language model, random and far from linear."""
+    torch.manual_seed(0)
+    llm = AutoModel.from_config(config).eval()
+    for parameter in llm.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    whole: Any = torch.nn.Module()
+    whole.model = torch.nn.Module()
+    whole.model.language_model, whole.device = llm, torch.device("cpu")
+    whole.get_input_embeddings, whole.config = llm.get_input_embeddings, SimpleNamespace(text_config=config)
+    return whole
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_language_models_that_can_be_packed_pass(family: str) -> None:
     model, _ = tiny_mllm(family)
@@ -107,10 +143,19 @@ def test_language_models_that_can_be_packed_pass(family: str) -> None:
     assert model.model.language_model.training
 
 
-def test_a_language_model_that_looks_over_the_border_is_refused() -> None:
-    model, _ = tiny_mllm()
-    llm = model.model.language_model
-    forward = llm.forward
-    llm.forward = lambda **inputs: forward(**{**inputs, "position_ids": None})
-    with pytest.raises(ClocError, match="lets packed conversations see each other"):
-        require_packable(model)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_are_packed_or_refused_and_their_layers_found(family: str) -> None:
+    config, layers = FAMILIES[family]
+    model = around(config)
+    if layers is None:
+        with pytest.raises(ClocError, match="lets packed conversations see each other"):
+            require_packable(model)
+        return
+    require_packable(model)
+    found = llm_layers(model)
+    assert {name.rpartition(".")[-1] for name in found} == layers
+    assert len(found) == 2 * (6 if family == "phi" else 4)  # GPT-2 has a c_proj in attention and one in the MLP
+    some = sorted(layers)[:1]
+    assert {name.rpartition(".")[-1] for name in llm_layers(model, some)} == set(some)
+    with pytest.raises(ClocError, match=r"has no layer nothing.*Choose 'parts\.llm\.layers' among"):
+        llm_layers(model, [*some, "nothing"])
