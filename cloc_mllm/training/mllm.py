@@ -28,6 +28,7 @@ from cloc_mllm.models.assembly_cloc_mllm import prompter_like
 from cloc_mllm.models.chat_template import caption_template
 from cloc_mllm.models.configuration_cloc import ClocConfig, ClocPrompterConfig, has_class_token
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
+from cloc_mllm.models.conversation_cloc_mllm import ConversationError
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
@@ -345,3 +346,25 @@ def first_sample_report(
     image = "<image>" * processor.num_image_tokens
     text = text.replace(image, f"<image> x {processor.num_image_tokens} ")
     return text if len(text) <= most else text[:most] + " …"
+
+
+def first_report(processor: ClocMllmProcessor, dataset: Any, template: str | None = None, tries: int = 10) -> str:
+    """Return the report of the first sample that the processor takes.
+
+    Args:
+        processor: The MLLM's.
+        dataset: What :func:`training_conversations` returned.
+        template: A chat template in the place of the processor's own.
+        tries: Samples that are tried where refused ones are to be skipped.
+
+    Raises:
+        ClocError: The processor refuses the first one, and `on_bad_sample` is "error".
+    """
+    for index in range(min(tries, len(dataset))):
+        item = dataset[index]
+        try:
+            return first_sample_report(processor, item, template=template)
+        except ConversationError as error:
+            if dataset.on_bad_sample == "error":
+                raise ClocError(error.problem, file=item.get("file"), sample=item.get("sample")) from error
+    return f"none of the first {tries} can be shown: the processor refuses them"

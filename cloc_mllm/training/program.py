@@ -195,7 +195,7 @@ def tune_mllm(stage: Literal["align", "instruct"], description: str) -> None:
         for line in dataset.describe() if hasattr(dataset, "describe") else ():
             print(line)
         print(f"{plan}, {stream.steps} steps of {len(dataset):,} samples\n{describe(reports)}")
-        first = mllm.first_sample_report(processor, dataset[0], template=mllm.preset_template(processor, config))
+        first = mllm.first_report(processor, dataset, mllm.preset_template(processor, config))
         print(f"the first sample, what is learnt in ⟦ ⟧:\n{first}", flush=True)
 
     # 5. The trainer, and beside it the encoder's text side, whose embeddings teach the grounding head.
