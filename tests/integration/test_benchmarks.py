@@ -67,3 +67,14 @@ def test_shards_are_read_whole_and_with_the_same_memory(tmp_path: Path) -> None:
         assert "open_clip tar, bytes, 0 workers: " in printed
     else:
         assert theirs["seen"] == 128
+
+
+def test_packing_spares_padding(tmp_path: Path) -> None:
+    printed = run(
+        "packing.py", "--steps", "2", "--width", "32", "--layers", "1", "--repeats", "1", "--out", str(tmp_path)
+    )
+    sides = json.loads((tmp_path / "packing.json").read_text())["results"][0]["sides"]
+    assert set(sides) == {"padded", "grouped", "packed", "packed twice"}
+    assert sides["padded"]["useful_share"] < sides["packed"]["useful_share"] <= 1
+    assert sides["padded"]["ratio"] == 1
+    assert "useful tokens a second" in printed
