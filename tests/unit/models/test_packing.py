@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cloc_mllm.models.packing import pack_rows, packed_tensors, sequence_numbers
@@ -69,6 +69,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("family", "tied", "attention"), FAMILIES)
 @settings(max_examples=5, deadline=None)
 @given(chosen=indices, spare=st.integers(0, 60))
+@example(chosen=[0, 0, 3, 4, 5], spare=0)
 def test_packed_equals_separate(family: str, tied: bool, attention: str, chosen: list[int], spare: int) -> None:
     model, processor = mllm(family, tied, attention)
     alone = [processor.encode([TALKS[k]], return_labels=True) for k in chosen]
@@ -94,7 +95,9 @@ def test_packed_equals_separate(family: str, tied: bool, attention: str, chosen:
     torch.testing.assert_close(loss.detach(), total, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.pred_boxes.detach(), torch.cat(boxes), atol=1e-5, rtol=1e-5)
     for name, wanted in gradients(model).items():
-        torch.testing.assert_close(together[name], wanted, atol=1e-5, rtol=1e-4, msg=name)
+        # Sums over many tokens, in another order: measured by the largest entry.
+        largest = max(1.0, float(wanted.abs().max()))
+        assert float((together[name] - wanted).abs().max()) < 1e-5 * largest, name
 
 
 def test_a_neighbour_changes_nothing_to_the_last_bit() -> None:
@@ -140,14 +143,23 @@ def test_rows_hold_every_sequence_once_and_never_too_much(lengths: list[int], ca
     limit = max(capacity or 0, max(lengths))
     assert sorted(k for row in rows for k in row) == list(range(len(lengths)))
     assert all(sum(lengths[k] for k in row) <= limit for row in rows)
-    fewest = -(-sum(lengths) // limit)
-    assert fewest <= len(rows) <= 2 * fewest, "first-fit leaves at most one row less than half full"
+    places = len(rows) * max(sum(lengths[k] for k in row) for row in rows)
+    assert sum(lengths) <= places <= len(lengths) * max(lengths), "more than padding takes"
+    first_fit: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [r for r, used in enumerate(first_fit) if used + length <= limit]
+        if fits:
+            first_fit[fits[0]] += length
+        else:
+            first_fit.append(length)
+    assert places <= len(first_fit) * max(first_fit)
     assert rows == pack_rows(lengths, capacity)
 
 
 def test_rows_are_made_alike() -> None:
     assert pack_rows([4, 4, 2, 2], 8) == [[0, 2], [1, 3]]
     assert pack_rows([10, 1, 1], 5) == [[0], [1, 2]]
+    assert pack_rows([3] * 8, 11) == [[0, 4], [1, 5], [2, 6], [3, 7]], "three rows of nine have an empty place"
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
