@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from cloc_mllm.data.dataset import SkipCount
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.chat_template import IGNORED
 from cloc_mllm.models.conversation_cloc_mllm import ConversationError
 
 Batch = dict[str, Any]
@@ -86,26 +88,59 @@ class ConversationCollator:
     Args:
         processor: A `ClocMllmProcessor`; ids and labels are built together in its `encode`.
         max_length: Longest sequence in tokens; longer ones lose whole exchanges, as `encode` says. None for no limit.
+        packing: Whether several conversations share a row, each in a block of its own.
+        pack_length: Most tokens of a packed row; None: `max_length`, or the longest conversation's.
+        chat_template: In the place of the processor's own.
+        skips: Conversations that the processor refuses are left out of their batch and counted here; None: an error.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        *,
+        packing: bool = False,
+        pack_length: int | None = None,
+        chat_template: str | None = None,
+        skips: SkipCount | None = None,
+    ) -> None:
         self.processor = processor
-        self.max_length = max_length
+        self.skips = skips
+        self._options: dict[str, Any] = {"max_length": max_length}
+        if packing:
+            self._options |= {"packing": True, "pack_length": pack_length or max_length}
+        if chat_template is not None:
+            self._options["chat_template"] = chat_template
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """The batch of some items, as `ClocMllmProcessor.encode(..., return_labels=True)` makes it.
 
+        Where every conversation had to be left out, it is one of two words of which nothing is learnt: the other
+        processes wait for this one in every part of the model.
+
         Raises:
             ClocError: The processor refuses a sample; the message names it.
         """
-        conversations = [sample["messages"] for sample in samples]
-        try:
-            return dict(self.processor.encode(conversations, return_labels=True, max_length=self.max_length))
-        except ConversationError as error:
-            culprit = samples[error.index]
-            raise ClocError(
-                error.problem,
-                file=culprit.get("file"),
-                sample=_named([culprit]),
-                remedy="Mend or remove it; `cloc-mllm data check` lists all that break the schema.",
-            ) from error
+        kept = list(samples)
+        while kept:
+            try:
+                return self._encode([sample["messages"] for sample in kept])
+            except ConversationError as error:
+                culprit = kept.pop(error.index)
+                if self.skips is None:
+                    raise ClocError(
+                        error.problem,
+                        file=culprit.get("file"),
+                        sample=_named([culprit]),
+                        remedy="Mend or remove it; `cloc-mllm data check` lists all that break the schema.",
+                    ) from error
+                self.skips.add()
+        batch = self._encode([NOTHING_TO_LEARN])
+        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch
+
+    def _encode(self, conversations: list[Any]) -> Batch:
+        return dict(self.processor.encode(conversations, return_labels=True, **self._options))
+
+
+NOTHING_TO_LEARN = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]

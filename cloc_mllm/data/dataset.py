@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from cloc_mllm.data.lengths import TokensOfImage, sample_length
 from cloc_mllm.data.messages import image_items, messages_of, problems_before_messages, with_images, with_mask_paths
 from cloc_mllm.data.readers import Sample, SampleSource, open_samples, resolve_image, sample_name
 from cloc_mllm.data.schema import conversation_problems, kind_of, raise_first, region_text_problems
@@ -95,6 +98,7 @@ class _SampleDataset(Dataset[dict[str, Any]], ABC):
         # In shared memory, so that workers that live for several epochs see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._skips = SkipCount()
+        self._lengths: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -107,6 +111,33 @@ class _SampleDataset(Dataset[dict[str, Any]], ABC):
     def skipped(self) -> int:
         """How often a broken sample was replaced by another, in this process and its workers."""
         return self._skips.total
+
+    @property
+    def skips(self) -> SkipCount:
+        """Where samples that a batch had to leave out are counted."""
+        return self._skips
+
+    def lengths(self, image_tokens: TokensOfImage, epoch: int = 0) -> npt.NDArray[np.int64]:
+        """Images and estimated tokens of every sample, (N, 2), without decoding a picture; the same in every pass.
+
+        Args:
+            image_tokens: What an image takes: a number, or a function of its width and height.
+            epoch: Which pass over the data it is.
+
+        Raises:
+            ClocError: A sample cannot be read at all, and `on_bad_sample` is "error".
+        """
+        if self._lengths is not None:
+            return self._lengths
+        found = np.zeros((len(self), 2), np.int64)
+        for index in range(len(self)):
+            try:
+                found[index] = sample_length(self.source[index], self.source.folder(index), image_tokens)
+            except ClocError:
+                if self.on_bad_sample == "error":
+                    raise
+        self._lengths = found
+        return found
 
     def where(self, index: int) -> tuple[str | None, str]:
         """File and name of a sample, for messages."""

@@ -74,6 +74,16 @@ _TEMPLATE = """\
 """
 
 
+_CAPTION_TEMPLATE = """\
+{{- @BEGIN -}}
+{%- for message in messages -%}{%- for item in message.content -%}
+{%- if item.type == 'image' -%}{{- "<image>" -}}
+{%- elif message.role == 'assistant' -%}{%- generation -%}{{- item.text + "\\n" -}}{%- endgeneration -%}
+{%- else -%}{{- item.text -}}{%- endif -%}
+{%- endfor -%}{%- endfor -%}
+"""
+
+
 @dataclass(frozen=True)
 class ChatStyle:
     """What is written around turns.
@@ -179,12 +189,9 @@ def _style(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatStyle:
 def build_chat_template(tokenizer: PreTrainedTokenizerBase, style: str = "auto") -> str:
     """The Jinja template of a style; it writes the tokenizer's begin-of-sequence token where that is no marker."""
     found = chat_style(tokenizer, style)
-    begin = tokenizer.bos_token
-    if begin is None or begin in (*found.markers, found.end, tokenizer.eos_token):
-        begin = ""
     template = _TEMPLATE
     for name, value in (
-        ("@BEGIN", str(begin)),
+        ("@BEGIN", _begin(tokenizer, found)),
         ("@OPENINGS", dict(found.openings)),
         ("@CLOSINGS", dict(found.closings)),
         ("@LEAD", found.lead),
@@ -197,6 +204,20 @@ def build_chat_template(tokenizer: PreTrainedTokenizerBase, style: str = "auto")
 def has_generation_block(template: str) -> bool:
     """Whether a template marks what the assistant says, which is what training learns."""
     return _GENERATION.search(template) is not None
+
+
+def caption_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja template of an image and its caption with nothing around them, ended by a line break.
+
+    What LLaVA's first stage reads (its conversation `plain`): no roles, no markers, no question.
+    """
+    return _CAPTION_TEMPLATE.replace("@BEGIN", json.dumps(_begin(tokenizer, chat_style(tokenizer))))
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, style: ChatStyle) -> str:
+    """What a text begins with: the tokenizer's token for it, unless that is a marker of turns."""
+    begin = tokenizer.bos_token
+    return "" if begin is None or begin in (*style.markers, style.end, tokenizer.eos_token) else str(begin)
 
 
 def fence(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -239,6 +239,9 @@ class ClocMllmModel(CompleteLoadingMixin, LlavaModel):
             )
         if first or image is not None:
             inputs_embeds = self._fill_placeholders(input_ids, inputs_embeds, image, is_dummy)
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            # It may be a packed batch, whose mask transformers makes only where there is no cache.
+            kwargs.setdefault("use_cache", False)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -408,6 +411,8 @@ class ClocMllmForConditionalGeneration(CompleteLoadingMixin, GroundedGenerationM
       ``region_image_index`` ``(R,)``, the image of each, which may be left out if there is one image; of a region that
       is no box or point, ``region_boxes`` has the box around it and ``region_points`` ``(R, P, 2)`` points on it (NaN
       where there are fewer);
+    * ``position_ids`` ``(B, T)`` without ``attention_mask``, where several conversations are packed into a row
+      (:mod:`.packing`);
     * ``labels`` ``(B, T)``, -100 where nothing is learnt; ``<ground>`` is learnt as any other token;
     * ``ground_image_index`` ``(G,)``, the image each ``<ground>`` is about; default the last one shown before it;
     * ``ground_queries`` ``(G, D)``, text embeddings of the grounded phrases: the head localises them too;

@@ -44,6 +44,7 @@ from .conversation_cloc_mllm import (
 )
 from .image_tokens import ImageTokens
 from .outputs_cloc_mllm import ClocGroundedOutput
+from .packing import pack_rows, packed_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -247,6 +248,8 @@ class ClocMllmProcessor(LlavaProcessor):
         max_length: int | None = None,
         chat_template: str | None = None,
         return_original_sizes: bool = False,
+        packing: bool = False,
+        pack_length: int | None = None,
     ) -> BatchFeature:
         """Turn conversations into model inputs.
 
@@ -261,6 +264,9 @@ class ClocMllmProcessor(LlavaProcessor):
                 last ones in training; else the first ones that show no image. Nothing is cut within a turn.
             chat_template: Used in place of the processor's own.
             return_original_sizes: Whether to return ``original_sizes`` too.
+            packing: Whether to lay several conversations into one row, for training; see :mod:`.packing`. There is no
+                ``attention_mask`` then but ``position_ids``, and everything is in the order in which it is packed.
+            pack_length: With ``packing``, most tokens of a row; default the longest conversation's.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(B, T)``, and what there is of:
@@ -292,8 +298,18 @@ class ClocMllmProcessor(LlavaProcessor):
                 read.append(self._fit(filled, template, add_generation_prompt, return_labels, max_length))
             except ValueError as error:
                 raise ConversationError(number, str(error)) from error
-        side = padding_side or ("left" if add_generation_prompt else "right")
-        data: dict[str, Any] = self._pad([ids for _, ids, _ in read], [labels for *_, labels in read], side)
+        data: dict[str, Any] = {}
+        if packing:
+            if add_generation_prompt or padding_side == "left":
+                raise ValueError("packed conversations are for training: nothing can be generated after them")
+            rows = pack_rows([len(ids) for _, ids, _ in read], pack_length)
+            packed = ([ids for _, ids, _ in read], [labels for *_, labels in read])
+            data |= packed_tensors(*packed, rows, self.tokenizer.pad_token_id)
+            # Images, regions and <ground>s below are counted in the order of their placeholders.
+            read = [read[k] for row in rows for k in row]
+        else:
+            side = padding_side or ("left" if add_generation_prompt else "right")
+            data |= self._pad([ids for _, ids, _ in read], [labels for *_, labels in read], side)
         if not return_labels:
             del data["labels"]
         data |= self._vision([conversation for conversation, *_ in read], return_labels)

@@ -91,6 +91,12 @@ class PretrainConfig(_StageConfig):
     parts: EncoderParts = block(EncoderParts, "what is trained")
 
     @model_validator(mode="after")
+    def _noise_is_for_tuning(self) -> PretrainConfig:
+        if self.optim.neftune_alpha is not None:
+            raise ValueError("'optim.neftune_alpha' is for alignment and instruction tuning: there is no LLM here")
+        return self
+
+    @model_validator(mode="after")
     def _control_has_no_prompter(self) -> PretrainConfig:
         if self.objective.extra_captions and self.model.prompter is not None:
             raise ValueError("'objective.extra_captions' is the control without a Prompter: set model.prompter=null")
@@ -131,6 +137,7 @@ class AlignConfig(_StageConfig):
     @model_validator(mode="after")
     def _adapters_only_on_the_llm(self) -> AlignConfig:
         _refuse_adapters(self.parts, "every part but the llm", but="llm")
+        _refuse_quantization(self.parts.llm, self.run)
         return self
 
 
@@ -146,6 +153,7 @@ class InstructConfig(_StageConfig):
     @model_validator(mode="after")
     def _adapters_only_on_the_llm(self) -> InstructConfig:
         _refuse_adapters(self.parts, "every part but the llm", but="llm")
+        _refuse_quantization(self.parts.llm, self.run)
         return self
 
 
@@ -359,3 +367,12 @@ def _refuse_adapters(parts: EncoderParts | MllmParts, whom: str, but: str = "") 
         part: PartOptions = getattr(parts, name)
         if part.mode in ("lora", "tokens") and name != but:
             raise ValueError(f"'parts.{name}: {part.mode}' is not supported for {whom}: use frozen or full")
+
+
+def _refuse_quantization(llm: PartOptions, run: RunOptions) -> None:
+    """4-bit weights are packed bytes: stage 3 would cut them without their scales."""
+    if llm.quantization is not None and str(run.zero).startswith(("3", "zero3")):
+        raise ValueError(
+            f"'parts.llm.quantization: {llm.quantization}' with ZeRO stage 3 is refused: it would partition packed "
+            "4-bit weights as if they were numbers; use run.zero=2"
+        )

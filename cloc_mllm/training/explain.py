@@ -60,7 +60,10 @@ def explain(
     else:
         ema = config.optim.ema is not None
         sections.append(("Parts", describe(reports)))
-        sections.append(("Memory a process", memory_table(reports, config.run.precision, world_size, stage, ema)))
+        memory = memory_table(reports, config.run.precision, world_size, stage, ema)
+        if not isinstance(config, PretrainConfig) and config.parts.llm.quantization is not None:
+            memory += "\n  (all weights counted whole; the LLM's linear layers take about half a byte each in 4 bits)"
+        sections.append(("Memory a process", memory))
         if isinstance(config, PretrainConfig):
             sections += _cost_sections(config, reports, stage, scale, device)
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)

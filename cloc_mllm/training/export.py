@@ -48,7 +48,9 @@ def export_model(
     """
     config: AnyConfig = trainer.config
     weights = gather_weights(trainer.model, launch.zero_stage(trainer.zero), trainer.world.is_main)
-    weights |= {name: value for name, value in trainer.exact_weights.items() if name in weights}
+    exact = {name: value for name, value in trainer.exact_weights.items() if name in weights}
+    # What 4-bit weights keep beside themselves: their scales, under names below their own.
+    weights = {n: value for n, value in weights.items() if n.rpartition(".weight.")[0] + ".weight" not in exact} | exact
     if trainer.world.is_main:
         # First the adapter: merging changes the weights in place.
         if config.run.export in ("adapter", "both"):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,20 +22,24 @@ from transformers import (
 
 from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
+from cloc_mllm.data.lengths import TokensOfImage
+from cloc_mllm.data.mixture import MixtureDataset
 from cloc_mllm.errors import ClocError
-from cloc_mllm.models.answer_text import absent_answer
 from cloc_mllm.models.assembly_cloc_mllm import EncoderParts, prompter_like
-from cloc_mllm.models.chat_template import has_generation_block
+from cloc_mllm.models.chat_template import caption_template, has_generation_block
 from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig, feature_strategy
+from cloc_mllm.models.conversation_cloc_mllm import ConversationError
 from cloc_mllm.models.image_tokens import checked_pinpoints, default_pinpoints
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
 from cloc_mllm.models.projectors import set_image_grid
 from cloc_mllm.training import launch
+from cloc_mllm.training.alignment import AlignConversations
 from cloc_mllm.training.assembly import assemble_mllm, head_config, load_tokenizer
 from cloc_mllm.training.config import AlignConfig, InstructConfig
 from cloc_mllm.training.encoder import require_complete, require_model_type, tower_plan
-from cloc_mllm.training.options import AlignDataOptions, MllmModelOptions
+from cloc_mllm.training.grouping import Grouping
+from cloc_mllm.training.options import MllmModelOptions
 from cloc_mllm.training.tokenizer import build_tokenizer, corpus, train_chat_tokenizer
 
 TuneConfig = AlignConfig | InstructConfig
@@ -261,102 +261,6 @@ def _language_config(options: MllmModelOptions, vocabulary: int, **ids: int | No
         ) from error
 
 
-class AlignConversations(Dataset):
-    """Region-text samples as short conversations: tell what is seen, name what is shown, find what is named.
-
-    Args:
-        dataset: The samples, with all regions they are to have.
-        options: How many turns of which kind an image has at most: regions that are shown and must be named
-            (`referring`), phrases that name one region and must be found (`grounding`), phrases that name several
-            (`several`: as far as the texts say), and phrases that are not there (`absent`).
-        seed: Seed of which regions play which part.
-    """
-
-    def __init__(self, dataset: RegionTextDataset, options: AlignDataOptions, seed: int) -> None:
-        self.dataset, self.options, self.seed = dataset, options, seed
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which pass over the data this is."""
-        self._epoch = epoch
-        self.dataset.set_epoch(epoch)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.item(index, self._epoch)
-
-    def item(self, index: int, epoch: int) -> dict[str, Any]:
-        """The conversation at an index in a given pass over the data."""
-        item = self.dataset.item(index, epoch)
-        order = np.random.default_rng([self.seed, epoch, index]).permutation(len(item["regions"]))
-        regions = [item["regions"][int(k)] for k in order]
-        to_find = [region for region in regions if region["unique"]][: self.options.grounding]
-        to_name = [region for region in regions if not any(region is found for found in to_find)]
-        if len(to_name) < self.options.referring:
-            to_name += to_find
-        messages = _turn([{"type": "image", "image": item["image"]}, _text("Describe the image.")], item["caption"])
-        for region in to_name[: self.options.referring]:
-            question = [_text("What is "), {"type": "region", "box": region["box"]}, _text("?")]
-            messages += _turn(question, str(region["text"]))
-        for region in to_find:
-            answer = [_text(f"{region['text']} "), {"type": "region", "box": region["box"], "phrase": region["text"]}]
-            messages += _turn([_text(f"Where is the {region['text']}?")], answer)
-        for phrase, boxes in self._several(regions):
-            found = [{"type": "region", "box": box, "phrase": phrase} for box in boxes]
-            messages += _turn([_text(f"Where is every {phrase}?")], [_text(f"{phrase} "), *found])
-        for phrase in self._absent(item, index, epoch):
-            messages += _turn([_text(f"Where is the {phrase}?")], absent_answer(phrase))
-        return {"messages": messages, "id": item["id"], "sample": item["id"], "index": index}
-
-    def _several(self, regions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
-        """Phrases that fit several regions, and the boxes of all of them.
-
-        A phrase fits a region whose text holds all of its words, as in `unique_regions`.
-        """
-        ambiguous = dict.fromkeys(str(region["text"]) for region in regions if not region["unique"])
-        fitting = ((phrase, [r["box"] for r in regions if _words(phrase) <= _words(r["text"])]) for phrase in ambiguous)
-        yield from itertools.islice(((p, boxes) for p, boxes in fitting if len(boxes) > 1), self.options.several)
-
-    def _absent(self, item: Mapping[str, Any], index: int, epoch: int) -> list[str]:
-        """Phrases of other images that share no word with this one's texts: what is there may go unsaid."""
-        said = _words(" ".join([item["caption"], *(str(region["text"]) for region in item["regions"])]))
-        found: list[str] = []
-        draws = _ABSENT_DRAWS * self.options.absent
-        for other in np.random.default_rng([self.seed, epoch, index, 1]).integers(len(self), size=draws):
-            regions = self.dataset.source[int(other)].get("regions")
-            for region in regions if isinstance(regions, (list, tuple)) else ():
-                text = region.get("text") if isinstance(region, Mapping) else None
-                # What else may be wrong with that sample is found when it is read itself.
-                if (
-                    isinstance(text, str)
-                    and text.strip()
-                    and not _words(text) & said
-                    and len(found) < self.options.absent
-                ):
-                    found.append(text)
-                    said |= _words(text)
-        return found
-
-
-_ABSENT_DRAWS = 8
-"""Images looked at for each phrase that is to be absent; where none of them has one, the turn is left out."""
-
-
-def _words(text: Any) -> frozenset[str]:
-    return frozenset(str(text).lower().split())
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def _turn(question: list[dict[str, Any]], answer: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    said = [_text(answer)] if isinstance(answer, str) else answer
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
-
-
 def conversations(config: TuneConfig, path: str) -> Any:
     """Return the map-style dataset of conversations that a preset's stage trains on.
 
@@ -364,11 +268,53 @@ def conversations(config: TuneConfig, path: str) -> Any:
         config: The preset.
         path: Its data, or its validation data.
     """
+    bad = config.data.on_bad_sample
     if isinstance(config, InstructConfig):
-        return ConversationDataset(path, seed=config.run.seed)
+        return ConversationDataset(path, seed=config.run.seed, on_bad_sample=bad)
     return AlignConversations(
-        RegionTextDataset(path, max_regions=None, seed=config.run.seed), config.data, config.run.seed
+        RegionTextDataset(path, max_regions=None, seed=config.run.seed, on_bad_sample=bad), config.data, config.run.seed
     )
+
+
+def training_conversations(config: TuneConfig) -> Any:
+    """Return what a preset trains on: one dataset, or a mixture of several."""
+    sources = config.data.sources
+    if len(sources) == 1 and sources[0].weight == 1:
+        return conversations(config, sources[0].path)
+    opened = [conversations(config, source.path) for source in sources]
+    weights, names = [source.weight for source in sources], [source.path for source in sources]
+    return MixtureDataset(opened, weights, names, config.run.seed)
+
+
+def tuning_grouping(config: TuneConfig, processor: ClocMllmProcessor, dataset: Any) -> Grouping | None:
+    """Return how a preset groups its samples, or ``None``.
+
+    Args:
+        config: The preset.
+        processor: The MLLM's, which knows how many tokens an image takes.
+        dataset: What :func:`training_conversations` returned.
+    """
+    data = config.data
+    if data.grouping == "none":
+        return None
+    by_modality = data.grouping == "modality_length"
+    grouping = Grouping(dataset, image_tokens(processor), by_modality, data.grouping_steps, config.run.seed)
+    grouping.lengths(0)  # now, not in each worker of the loader
+    return grouping
+
+
+def image_tokens(processor: ClocMllmProcessor) -> TokensOfImage:
+    """Return how many tokens an image takes: a number where its size does not matter."""
+    return processor.image_tokens if processor.image_layout.pinpoints else processor.num_image_tokens
+
+
+def describe_order(config: TuneConfig) -> dict[str, Any]:
+    """Return what the order of a preset's samples depends on, beside seed, batch and number of samples."""
+    data = config.data
+    return {
+        "sources": [[source.path, source.weight] for source in data.sources],
+        "grouping": [data.grouping, data.grouping_steps],
+    }
 
 
 def validation_conversations(config: TuneConfig) -> Subset | None:
@@ -379,27 +325,43 @@ def validation_conversations(config: TuneConfig) -> Subset | None:
     return Subset(dataset, range(min(len(dataset), config.data.validation_samples)))
 
 
-def conversation_collator(processor: ClocMllmProcessor, max_length: int | None) -> ConversationCollator:
+def conversation_collator(processor: ClocMllmProcessor, config: TuneConfig, dataset: Any) -> ConversationCollator:
     """Return the collator of training batches.
 
     Args:
         processor: The MLLM's.
-        max_length: Longest sequence in tokens.
+        config: The preset.
+        dataset: The training data, which count what is skipped.
     """
-    if max_length is None:
-        return ConversationCollator(processor)
-    return ConversationCollator(SimpleNamespace(encode=partial(processor.encode, max_length=max_length)))
+    data = config.data
+    return ConversationCollator(
+        processor,
+        data.max_length,
+        packing=data.packing,
+        pack_length=data.pack_length,
+        chat_template=preset_template(processor, config),
+        skips=dataset.skips if data.on_bad_sample == "skip" else None,
+    )
 
 
-def first_sample_report(processor: ClocMllmProcessor, item: Mapping[str, Any], most: int = 1200) -> str:
+def preset_template(processor: ClocMllmProcessor, config: TuneConfig) -> str | None:
+    """Return the chat template that a preset is trained with, where it is not the processor's own."""
+    plain = isinstance(config, AlignConfig) and config.data.prompts == "plain"
+    return caption_template(processor.tokenizer) if plain else None
+
+
+def first_sample_report(
+    processor: ClocMllmProcessor, item: Mapping[str, Any], most: int = 1200, template: str | None = None
+) -> str:
     """Return the first sample as the model will see it, what is learnt in brackets.
 
     Args:
         processor: The MLLM's.
         item: An item of the dataset.
         most: Characters shown.
+        template: A chat template in the place of the processor's own.
     """
-    batch = processor.encode([item["messages"]], return_labels=True, return_original_sizes=True)
+    batch = processor.encode([item["messages"]], return_labels=True, return_original_sizes=True, chat_template=template)
     ids: Sequence[int] = batch["input_ids"][0].tolist()
     learnt = [label != -100 for label in batch["labels"][0].tolist()]
     text, start = "", 0
@@ -415,3 +377,25 @@ def first_sample_report(processor: ClocMllmProcessor, item: Mapping[str, Any], m
         text = text[:at] + short + text[at + len("<image>") * count :]
         start = at + len(short)
     return text if len(text) <= most else text[:most] + " …"
+
+
+def first_report(processor: ClocMllmProcessor, dataset: Any, template: str | None = None, tries: int = 10) -> str:
+    """Return the report of the first sample that the processor takes.
+
+    Args:
+        processor: The MLLM's.
+        dataset: What :func:`training_conversations` returned.
+        template: A chat template in the place of the processor's own.
+        tries: Samples that are tried where refused ones are to be skipped.
+
+    Raises:
+        ClocError: The processor refuses the first one, and `on_bad_sample` is "error".
+    """
+    for index in range(min(tries, len(dataset))):
+        item = dataset[index]
+        try:
+            return first_sample_report(processor, item, template=template)
+        except ConversationError as error:
+            if dataset.on_bad_sample == "error":
+                raise ClocError(error.problem, file=item.get("file"), sample=item.get("sample")) from error
+    return f"none of the first {tries} can be shown: the processor refuses them"

@@ -84,6 +84,9 @@ class OptimOptions(Block):
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = option("cosine", "after the warm-up")
     warmup: NonNegative = option(0.0, "steps if 1 or more, else share of all steps")
     max_grad_norm: NonNegative = option(1.0, "gradient clipping; 0: none")
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = option(
+        None, "tuning: noise on the text's embeddings while training, alpha / sqrt(tokens x width); null: none"
+    )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = option(
         None, "decay of a moving average of the weights, which export/ then holds; null: none"
     )
@@ -101,11 +104,24 @@ class PartOptions(Block):
     rank: Positive = option(16, "lora: rank")
     alpha: Annotated[float, Field(gt=0)] = option(32.0, "lora: scale, alpha / rank")
     dropout: Fraction = option(0.0, "lora: dropout on the input")
+    layers: list[str] | None = option(
+        None, "lora: names of the LLM's linear layers that get adapters; null: all of its decoder's"
+    )
+    quantization: Literal["nf4", "fp4"] | None = option(
+        None, "lora: the LLM's linear layers in 4 bits (QLoRA, needs bitsandbytes); null: as they are"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _from_word(cls, value: Any) -> Any:
         return {"mode": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _adapters_options(self) -> PartOptions:
+        for name in ("layers", "quantization"):
+            if getattr(self, name) is not None and self.mode != "lora":
+                raise ValueError(f"'{name}' is for 'mode: lora', not for 'mode: {self.mode}'")
+        return self
 
 
 def _part(mode: PartMode, description: str) -> Any:
@@ -387,26 +403,76 @@ class MllmModelOptions(Block):
         return self
 
 
-class AlignDataOptions(Block):
-    """Region-text data turned into short conversations: a caption, then regions to name and to find."""
+class TuningSourceOptions(SourceOptions):
+    """One source of what an MLLM is tuned on."""
 
-    train: str = Field(description="region-text samples: a folder or a .jsonl file")
-    validation: str | None = option(None, "the same, for validation")
+    path: str = Field(description="a folder or a file of samples")
+    weight: Annotated[float, Field(gt=0)] = option(
+        1.0, "how often it is seen in one pass over the data: 3 is three times, 0.2 another fifth of it each pass"
+    )
+
+
+class TuningDataOptions(Block):
+    """What alignment and instruction tuning share: sources, lengths, and how samples make a batch."""
+
+    train: str | list[TuningSourceOptions] = Field(description="a folder or file; or a list of path and weight")
+    validation: str | None = option(None, "a folder or file, for validation")
     validation_samples: Positive = option(256, "samples validated on, from the start of the file")
     max_length: Positive | None = option(None, "longest sequence in tokens; longer ones lose whole exchanges")
+    on_bad_sample: Literal["error", "skip"] = option("error", "error: stop; skip: go on without it, and count it")
+    packing: bool = option(False, "lay the conversations of a micro-batch into few rows; exact, see docs/training.md")
+    pack_length: Positive | None = option(None, "tokens of a packed row; null: max_length, or the longest conversation")
+    grouping: Literal["none", "length", "modality_length"] = option(
+        "none", "samples of like length share a batch; modality_length: and those without an image are by themselves"
+    )
+    grouping_steps: Positive = option(16, "steps whose samples are sorted with each other; 1: within each step only")
+
+    @field_validator("train")
+    @classmethod
+    def _some_source(cls, value: str | list[TuningSourceOptions]) -> str | list[TuningSourceOptions]:
+        if not value:
+            raise ValueError("names no data")
+        return value
+
+    @model_validator(mode="after")
+    def _rows_hold_a_sample(self) -> TuningDataOptions:
+        if self.pack_length is None:
+            return self
+        if not self.packing:
+            raise ValueError("'pack_length' is for packed rows: set packing=true")
+        if self.max_length is None or self.max_length > self.pack_length:
+            raise ValueError(
+                f"'pack_length' {self.pack_length} must hold the longest sequence: set max_length to it or less"
+            )
+        return self
+
+    @property
+    def sources(self) -> list[TuningSourceOptions]:
+        """The sources of `train`, also if it is but one."""
+        return [TuningSourceOptions(path=self.train)] if isinstance(self.train, str) else self.train
+
+
+class AlignDataOptions(TuningDataOptions):
+    """Region-text data turned into short conversations: a caption, then regions to name and to find."""
+
+    prompts: Literal["questions", "plain"] = option(
+        "questions", "questions: asked for in words; plain: the image and its caption, nothing else (LLaVA's stage 1)"
+    )
     referring: Count = option(2, "regions an image that are given and must be named")
     grounding: Count = option(2, "phrases an image that are given and must be found")
     several: Count = option(0, "phrases an image that name several regions, all to be found")
-    absent: Count = option(0, "phrases of other images an image that are asked for and not there")
+    absent: Count = option(0, "phrases an image that are not on it: asked for, and answered that there is none")
+
+    @model_validator(mode="after")
+    def _plain_has_no_questions(self) -> AlignDataOptions:
+        asked = [name for name in ("referring", "grounding", "several", "absent") if getattr(self, name)]
+        if self.prompts == "plain" and asked:
+            raise ValueError(f"'prompts: plain' has no questions: set {', '.join(f'{name}=0' for name in asked)}")
+        return self
 
 
-class InstructDataOptions(Block):
+class InstructDataOptions(TuningDataOptions):
     """Conversations, in messages or LLaVA format."""
-
-    train: str = Field(description="conversations: a folder or a .json/.jsonl file")
-    validation: str | None = option(None, "the same, for validation")
-    validation_samples: Positive = option(256, "samples validated on, from the start of the file")
-    max_length: Positive | None = option(None, "longest sequence in tokens; longer ones lose whole exchanges")
 
 
 class MllmObjective(Block):
@@ -415,3 +481,6 @@ class MllmObjective(Block):
     box_weight: NonNegative = option(1.0, "l1_giou of the box read off <ground>")
     text_box_weight: NonNegative = option(1.0, "l1_giou of the box read off the phrase's text embedding")
     distill_weight: NonNegative = option(2.0, "pulls <ground>'s query to the phrase's text embedding")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = option(
+        0.0, "share of a token's target that goes to all tokens alike; in training only"
+    )

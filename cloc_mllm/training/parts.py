@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from cloc_mllm.errors import ClocError
@@ -39,9 +40,6 @@ MLLM_PARTS: PartTable = {
     "grounding_head": ("model.grounding_head",),
     "llm": ("model.language_model", "lm_head"),
 }
-
-LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of the LLM that get adapters (the names of the Llama, Qwen and Mistral families)."""
 
 _PEFT_INFIXES = re.compile(
     r"\.(base_layer|modules_to_save\.\w+|original_module|token_adapter\b.*|lora_\w+\.\w+)(?=\.|$)"
@@ -184,10 +182,16 @@ def _report(model: nn.Module, name: str, option: PartOptions, table: PartTable, 
     # peft keeps a frozen copy of every module it saves whole: that is no parameter of the model.
     real = [(n, p) for n, p in model.named_parameters() if ".original_module" not in n]
     mine = [p for n, p in real if part_of(n, table) == name]
-    total = sum(p.numel() for p in mine)
+    total = sum(_size(p) for p in mine)
     trained = sum(p.numel() for p in mine if p.requires_grad)
     lr = optim.lr if option.lr is None else option.lr
     return PartReport(name, option.mode if mine else "absent", total, trained, lr if trained else 0.0)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Return how many numbers a parameter holds; a 4-bit one keeps two in each of its bytes."""
+    state: Any = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def _add_adapters(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Module:
@@ -209,8 +213,7 @@ def _add_adapters(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Mo
         r=llm.rank,
         lora_alpha=llm.alpha,
         lora_dropout=llm.dropout,
-        # A regular expression on whole names: bare names would also hit the vision tower's layers of the same name.
-        target_modules=rf"model\.language_model\..*\.({'|'.join(LORA_LAYERS)})"
+        target_modules=_adapted_layers(model, llm.layers)
         if llm.mode == "lora"
         else DUMMY_TARGET_MODULES,  # peft's word for none
         modules_to_save=full or None,
@@ -224,6 +227,40 @@ def _add_adapters(model: nn.Module, options: Mapping[str, PartOptions]) -> nn.Mo
             return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
     except ValueError as error:
         raise ClocError(f"'parts.llm: {llm.mode}' does not fit this language model: {error}") from error
+
+
+def llm_layers(model: nn.Module, chosen: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Return the linear layers of the language model's decoder, by their full names: all but the embeddings and head.
+
+    Families name them as they like (`q_proj`, `dense`, `c_attn`), so they are found by what they are.
+
+    Args:
+        model: The MLLM.
+        chosen: Last words of the names to return, as in `q_proj`; ``None``: all.
+
+    Raises:
+        ClocError: There is none, or a chosen name is none of theirs.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    decoder = _submodule(model, "model.language_model") or nn.Module()
+    found = {n: m for n, m in decoder.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    known = sorted({name.rpartition(".")[-1] for name in found})
+    unknown = sorted(set(chosen or ()) - set(known))
+    if unknown or not found:
+        problem = f"it has no layer {', '.join(unknown)}" if unknown else "it has no linear layers"
+        raise ClocError(
+            f"'parts.llm: lora' does not fit this language model: {problem}",
+            remedy=f"Choose 'parts.llm.layers' among {', '.join(known)}." if known else None,
+        )
+    kept = {n: m for n, m in found.items() if chosen is None or n.rpartition(".")[-1] in chosen}
+    return {f"model.language_model.{name}": module for name, module in kept.items()}
+
+
+def _adapted_layers(model: nn.Module, chosen: Sequence[str] | None) -> str:
+    """Return a regular expression on whole names: bare ones would also hit the tower's layers of the same name."""
+    leaves = sorted({name.rpartition(".")[-1] for name in llm_layers(model, chosen)})
+    return rf"model\.language_model\.(.*\.)?({'|'.join(map(re.escape, leaves))})"
 
 
 def _new_tokens(model: nn.Module) -> dict[str, list[int]] | None:

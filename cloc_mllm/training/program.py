@@ -173,25 +173,30 @@ def tune_mllm(stage: Literal["align", "instruct"], description: str) -> None:
 
     from cloc_mllm.training import mllm
     from cloc_mllm.training.parts import apply_parts, describe
-    from cloc_mllm.training.stream import StepStream
+    from cloc_mllm.training.quantization import quantize_llm
+    from cloc_mllm.training.stream import StepStream, keep_order
     from cloc_mllm.training.trainer import training_arguments
-    from cloc_mllm.training.tune import TuneTrainer, phrase_embedder
+    from cloc_mllm.training.tune import TuneTrainer, phrase_embedder, prepare_model
 
-    # 3. The data, in an order that depends on the seed and the position only.
-    dataset = mllm.conversations(config, config.data.train)
-    stream = StepStream(
-        dataset, plan, steps=config.run.steps, epochs=config.run.epochs, seed=config.run.seed, name=config.data.train
-    )
+    # 3. The data, in an order that depends on the seed and the position only; a run goes on with the one it began with.
+    dataset, run = mllm.training_conversations(config), config.run
+    name = ", ".join(source.path for source in config.data.sources)
+    stream = StepStream(dataset, plan, steps=run.steps, epochs=run.epochs, seed=run.seed, name=name)
+    keep_order(Path(run.output), mllm.describe_order(config), resumed=checkpoint is not None, write=world.is_main)
 
     # 4. The model, whole on every process: an encoder's tower, a language model and new connectors between them, or
     # what an earlier stage has exported.
     model, processor = mllm.build_mllm(config, world)
+    prepare_model(model, config)
+    originals = quantize_llm(model, config.parts.llm, keep=world.is_main, stage=launch.zero_stage(zero))
     trained, reports = apply_parts(model, config.parts, config.optim)
+    stream.grouping = mllm.tuning_grouping(config, processor, dataset)
     if world.is_main:
+        for line in dataset.describe() if hasattr(dataset, "describe") else ():
+            print(line)
         print(f"{plan}, {stream.steps} steps of {len(dataset):,} samples\n{describe(reports)}")
-        print(
-            f"the first sample, what is learnt in ⟦ ⟧:\n{mllm.first_sample_report(processor, dataset[0])}", flush=True
-        )
+        first = mllm.first_report(processor, dataset, mllm.preset_template(processor, config))
+        print(f"the first sample, what is learnt in ⟦ ⟧:\n{first}", flush=True)
 
     # 5. The trainer, and beside it the encoder's text side, whose embeddings teach the grounding head.
     phrases = phrase_embedder(config, model.config.grounding, world.device)
@@ -203,10 +208,11 @@ def tune_mllm(stage: Literal["align", "instruct"], description: str) -> None:
         phrases=phrases,
         model=trained,
         args=training_arguments(config, plan, world, zero, stream.steps),
-        data_collator=mllm.conversation_collator(processor, config.data.max_length),
+        data_collator=mllm.conversation_collator(processor, config, dataset),
         eval_dataset=mllm.validation_conversations(config),
         processor=processor,
     )
+    trainer.exact_weights |= originals
 
     # 6. Train, then write the weights to use, adapters merged.
     train_and_export(trainer, checkpoint, lambda: apply_parts(type(model)(model.config), config.parts, config.optim)[0])

@@ -22,6 +22,7 @@ from cloc_mllm.data.streaming import ShardStream
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training import launch
 from cloc_mllm.training.config import BatchPlan
+from cloc_mllm.training.grouping import Grouping
 
 Item = Any
 
@@ -76,6 +77,7 @@ class StepStream(Dataset):
         epochs: Passes over the data.
         seed: Seed of the permutations.
         name: What to call the data in errors.
+        grouping: Puts samples of like length into a step; ``None``: as they come.
 
     Raises:
         ClocError: The dataset is smaller than one batch.
@@ -90,6 +92,7 @@ class StepStream(Dataset):
         epochs: float | None = None,
         seed: int = 0,
         name: str = "the training data",
+        grouping: Grouping | None = None,
     ) -> None:
         if len(dataset) < plan.global_batch:
             raise ClocError(
@@ -100,6 +103,8 @@ class StepStream(Dataset):
         self.dataset = dataset
         self.plan = plan
         self.seed = seed
+        self.grouping = grouping
+        self._grouped: tuple[int, torch.Tensor] | None = None
         self.steps_per_epoch = len(dataset) // plan.global_batch
         self.steps = steps if steps is not None else max(1, round((epochs or 1) * self.steps_per_epoch))
 
@@ -109,7 +114,15 @@ class StepStream(Dataset):
     def locate(self, position: int) -> tuple[int, int]:
         """Return the epoch and the index into the dataset of one position."""
         epoch, offset = divmod(position, self.steps_per_epoch * self.plan.global_batch)
-        return epoch, int(_permutation(len(self.dataset), self.seed, epoch)[offset])
+        return epoch, int(self._order(epoch)[offset])
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        order = _permutation(len(self.dataset), self.seed, epoch)
+        if self.grouping is None:
+            return order
+        if self._grouped is None or self._grouped[0] != epoch:
+            self._grouped = epoch, self.grouping.order(order, self.plan.global_batch, epoch)
+        return self._grouped[1]
 
     def __getitem__(self, position: int) -> Any:
         epoch, index = self.locate(position)
@@ -132,10 +145,14 @@ class StepStream(Dataset):
 
     def names(self, micro_step: int, rank: int) -> Iterator[SampleName]:
         """See `SampleStream`."""
-        where = getattr(self.dataset, "where", None)
+        where, where_at = getattr(self.dataset, "where", None), getattr(self.dataset, "where_at", None)
         for position in self.positions(micro_step, rank):
-            index = self.locate(position)[1]
-            file, name = where(index) if where is not None else (None, None)
+            epoch, index = self.locate(position)
+            file, name = None, None
+            if where_at is not None:
+                file, name = where_at(index, epoch)
+            elif where is not None:
+                file, name = where(index)
             yield SampleName(index, file, name)
 
     @property
@@ -215,19 +232,35 @@ class LaneStream:
         Raises:
             ClocError: The run is resumed with another order: samples would be seen twice or never.
         """
-        path = folder / ORDER_FILE
-        order = self.data.describe()
-        if resumed and path.exists() and (noted := json.loads(path.read_text(encoding="utf-8"))["order"]) != order:
-            raise ClocError(
-                f"the stream had {noted}, and has {order} now",
-                file=path,
-                remedy="Set data.* and run.batch_size as they were, or start a new run from the checkpoint's weights.",
-            )
-        launch.barrier()  # nobody may still be reading
-        if write:
-            written = path.with_suffix(".part")
-            written.write_text(json.dumps({"order": order}, indent=1) + "\n", encoding="utf-8")
-            written.replace(path)
+        keep_order(folder, self.data.describe(), resumed=resumed, write=write)
+
+
+def keep_order(folder: Path, order: Any, *, resumed: bool, write: bool) -> None:
+    """Note in a run folder what the order of samples depends on, or see that it still is what was noted.
+
+    Every process has to call this.
+
+    Args:
+        folder: The run folder.
+        order: What it depends on, as JSON has it.
+        resumed: Whether the run goes on from a checkpoint.
+        write: Whether this process writes.
+
+    Raises:
+        ClocError: The run is resumed with another order: samples would be seen twice or never.
+    """
+    path = folder / ORDER_FILE
+    if resumed and path.exists() and (noted := json.loads(path.read_text(encoding="utf-8"))["order"]) != order:
+        raise ClocError(
+            f"the stream had {noted}, and has {order} now",
+            file=path,
+            remedy="Set data.* and run.batch_size as they were, or start a new run from the checkpoint's weights.",
+        )
+    launch.barrier()  # nobody may still be reading
+    if write:
+        written = path.with_suffix(".part")
+        written.write_text(json.dumps({"order": order}, indent=1) + "\n", encoding="utf-8")
+        written.replace(path)
 
 
 ORDER_FILE = "stream.json"

@@ -9,14 +9,18 @@ that is read off the LLM's query at `<ground>`, `L_text_box` that of the box rea
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.models.chat_template import IGNORED
+from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.objectives import gather_with_grad, grounding_loss
 from cloc_mllm.objectives.distributed import all_reduce_sum
+from cloc_mllm.training.language import EmbeddingNoise, require_packable, smooth_labels
 from cloc_mllm.training.mllm import TuneConfig
 from cloc_mllm.training.phrases import PhraseEmbedder
 from cloc_mllm.training.trainer import ClocTrainer
@@ -29,11 +33,14 @@ class TuneTrainer(ClocTrainer):
 
     # The language loss is divided by the supervised tokens of the whole step; the rest is scaled here as well.
     loss_is_scaled_for_ga = True
+    noise: EmbeddingNoise | None = None
 
     def __init__(self, config: TuneConfig, *args: Any, phrases: PhraseEmbedder | None, **kwargs: Any) -> None:
         self.objective = config.objective
         self.phrases = phrases
         super().__init__(config, *args, **kwargs)
+        if config.optim.neftune_alpha is not None:
+            self.noise = EmbeddingNoise(self.model, config.optim.neftune_alpha)
 
     def loss_sees_whole_step(self) -> bool:
         """Return whether a step's loss stays the same however its samples are dealt out.
@@ -55,8 +62,13 @@ class TuneTrainer(ClocTrainer):
             # Also where there are none: every process has to take the same way through the head.
             asked = fed["ground_queries"] = self.phrases(inputs["ground_phrases"])
         if num_items is not None:
-            fed["num_items_in_batch"] = num_items
-        output: Any = model(**fed)
+            # With none in the whole step there is nothing to learn, and nothing to divide by.
+            fed["num_items_in_batch"] = num_items = num_items.clamp(min=1)
+        elif not bool((fed["labels"][..., 1:] != IGNORED).any()):
+            fed["num_items_in_batch"] = torch.ones((), device=fed["labels"].device)
+        noise = self.noise if model.training else None
+        with nullcontext() if noise is None else noise.of(fed):
+            output: Any = model(**fed)
         # A sum over tokens by the tokens of all processes, which DDP and ZeRO will divide by the processes once more.
         processes = self.world.size if num_items is not None else 1
         windows = self.current_gradient_accumulation_steps if num_items is not None else 1
@@ -81,6 +93,22 @@ class TuneTrainer(ClocTrainer):
         distill = distance.sum() / max(len(distance), 1)
         total = total + weights.text_box_weight * text_box + weights.distill_weight * distill
         return total, scalars | {"loss_text_box": text_box, "loss_distill": distill}
+
+
+def prepare_model(model: ClocMllmForConditionalGeneration, config: TuneConfig) -> None:
+    """Give the model the loss that the preset asks for, and make sure that it can be trained on packed rows.
+
+    Args:
+        model: The whole model, before its parts are applied.
+        config: The preset.
+
+    Raises:
+        ClocError: The language model attends over the borders of packed conversations.
+    """
+    if config.objective.label_smoothing:
+        smooth_labels(model, config.objective.label_smoothing)
+    if config.data.packing:
+        require_packable(model)
 
 
 def phrase_embedder(config: TuneConfig, grounding: str, device: torch.device | str) -> PhraseEmbedder | None:

@@ -77,3 +77,14 @@ def test_regions_are_asked_on_every_side(tmp_path: Path) -> None:
     for name in ("mean", "prompt"):
         assert found[f"{name}_speedup"] == pytest.approx(found["crops_seconds"] / found[f"{name}_seconds"])
     assert "| boxes | CLIP on crops, s |" in printed
+
+
+def test_packing_spares_padding(tmp_path: Path) -> None:
+    printed = run(
+        "packing.py", "--steps", "2", "--width", "32", "--layers", "1", "--repeats", "1", "--out", str(tmp_path)
+    )
+    sides = json.loads((tmp_path / "packing.json").read_text())["results"][0]["sides"]
+    assert set(sides) == {"padded", "grouped", "packed", "packed long"}
+    assert sides["padded"]["useful_share"] < sides["packed"]["useful_share"] <= 1
+    assert sides["padded"]["ratio"] == 1
+    assert "useful tokens a second" in printed

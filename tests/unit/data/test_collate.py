@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
+from cloc_mllm.data.dataset import SkipCount
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
 from cloc_mllm.models.processing_cloc import ClocProcessor
@@ -132,3 +133,43 @@ def test_a_refused_conversation_is_named() -> None:
     assert caught.value.sample == "b (line 1)"
     with pytest.raises(ClocError, match="max_length"):
         ConversationCollator(mllm_processor(), max_length=4)([talk("a", " yes")])
+
+
+def test_what_is_refused_is_left_out_and_counted_if_so_wished() -> None:
+    broken = talk("b", " yes")
+    broken["messages"][0]["content"].append({"type": "region", "box": [0, 0, 400, 9]})
+    skips = SkipCount()
+    whole = [talk("a", " yes"), talk("c", " no no")]
+    batch = ConversationCollator(mllm_processor(), skips=skips)([whole[0], broken, whole[1], broken])
+    assert skips.total == 2
+    wanted = ConversationCollator(mllm_processor())(whole)
+    assert set(batch) == set(wanted)
+    assert torch.equal(batch["input_ids"], wanted["input_ids"])
+    assert torch.equal(batch["pixel_values"], wanted["pixel_values"])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_where_nothing_is_left_there_is_still_a_batch_and_nothing_is_learnt(packing: bool) -> None:
+    broken = talk("b", " yes")
+    broken["messages"][0]["content"].append({"type": "region", "box": [0, 0, 400, 9]})
+    skips = SkipCount()
+    batch = ConversationCollator(mllm_processor(), packing=packing, skips=skips)([broken, broken])
+    assert skips.total == 2
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert batch["input_ids"].numel() > 1
+    assert (batch["labels"] == -100).all()
+    assert "pixel_values" not in batch
+
+
+def test_packed_rows_are_as_long_as_asked_for() -> None:
+    short = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
+    samples = [talk(name, " yes" * (20 * k)) for k, name in enumerate("abc", 1)] + [{"messages": short}] * 4
+    padded = ConversationCollator(mllm_processor())(samples)
+    longest, total = padded["input_ids"].shape[1], int(padded["attention_mask"].sum())
+    for options, limit in (({}, longest), ({"max_length": longest + 9}, longest + 9), ({"pack_length": total}, total)):
+        batch = ConversationCollator(mllm_processor(), packing=True, **options)(samples)
+        rows, width = batch["input_ids"].shape
+        assert total / rows <= width <= limit
+        assert rows < len(samples)
+        assert sorted(batch["ground_phrases"]) == sorted(padded["ground_phrases"])
+        assert int((batch["labels"] != -100).sum()) == int((padded["labels"] != -100).sum())

@@ -29,8 +29,12 @@ MINIMAL = "stage: pretrain\nrun: {steps: 3}\ndata: {train: here}\n"
 
 def stage_of(preset: Path) -> str:
     """The stage a shipped preset's name says it is of; those named after an encoder are of the first."""
-    word = preset.stem.split("_")[0]
-    return "pretrain" if word in ("cloc", "prompter") else word
+    words = preset.stem.split("_")
+    if words[0] in ("cloc", "prompter"):
+        return "pretrain"
+    if words[-1] in ("lora", "qlora"):  # ways of instruction tuning
+        return "instruct"
+    return next(word for word in words if word in CLASSES)
 
 
 @pytest.fixture
@@ -188,3 +192,51 @@ def test_a_batch_that_does_not_divide_is_refused_and_no_other(total: int, micro:
     plan = plan_batch(total, micro, world)
     assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch == total
     assert micro in (None, plan.micro_batch)
+
+
+# -- options of tuning ------------------------------------------------------------------------------------------------
+
+INSTRUCT = "stage: instruct\nrun: {steps: 3}\nmodel: {init: 'mllm:there'}\ndata: {train: here}\n"
+
+
+@pytest.fixture
+def tuning(tmp_path: Path) -> Path:
+    path = tmp_path / "tuning.yaml"
+    path.write_text(INSTRUCT)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.pack_length=64"], "'pack_length' is for packed rows: set packing=true"),
+        (["data.packing=true", "data.pack_length=64"], "'pack_length' 64 must hold the longest sequence"),
+        (["data.packing=true", "data.pack_length=64", "data.max_length=65"], "set max_length to it or less"),
+        (["data.train=[]"], "names no data"),
+        (["data.train=[{path: a, weight: 0}]"], "greater than 0"),
+        (["parts.llm={mode: lora, quantization: nf4}", "run.zero=3"], "with ZeRO stage 3 is refused"),
+        (["parts.llm={mode: full, quantization: nf4}"], "'quantization' is for 'mode: lora', not for 'mode: full'"),
+        (["parts.llm={mode: tokens, layers: [q_proj]}"], "'layers' is for 'mode: lora'"),
+        (["objective.label_smoothing=1"], "less than 1"),
+        (["optim.neftune_alpha=0"], "greater than 0"),
+    ],
+)
+def test_tuning_options_that_contradict_each_other_are_named(tuning: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ClocError, match=message):
+        load_config(tuning, overrides)
+
+
+def test_a_mixture_is_read_and_written(tuning: Path, tmp_path: Path) -> None:
+    config = load_config(tuning, ["data.train=[{path: a, weight: 0.2}, {path: b}]"])
+    assert isinstance(config, InstructConfig)
+    assert [(source.path, source.weight) for source in config.data.sources] == [("a", 0.2), ("b", 1.0)]
+    write_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    single = load_config(tuning)
+    assert isinstance(single, InstructConfig)
+    assert [(source.path, source.weight) for source in single.data.sources] == [("here", 1.0)]
+
+
+def test_noise_on_the_embeddings_needs_a_language_model(preset: Path) -> None:
+    with pytest.raises(ClocError, match=r"'optim\.neftune_alpha' is for alignment and instruction tuning"):
+        load_config(preset, ["optim.neftune_alpha=5"])

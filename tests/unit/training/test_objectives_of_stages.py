@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from cloc_mllm.data.collate import ConversationCollator, RegionTextCollator
-from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.data.dataset import RegionTextDataset, SkipCount
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.answer_text import absent_phrases
+from cloc_mllm.models.chat_template import caption_template
 from cloc_mllm.models.modeling_cloc import ClocOutput
 from cloc_mllm.objectives import (
     clip_loss,
@@ -170,6 +172,20 @@ def test_box_terms_are_scaled_for_accumulation_and_the_language_loss_for_process
     torch.testing.assert_close(more["loss_lm"], 2 * parts["loss_lm"])
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_in_which_nothing_is_supervised_weighs_nothing(packing: bool) -> None:
+    model, processor = tiny_mllm()
+    broken = [user(image(), text("where?"), region(0, 0, 900, 9)), grounding_turn()]
+    batch = ConversationCollator(processor, packing=packing, skips=SkipCount())([{"messages": broken}])
+    trainer = tuner(None, processes=2, windows=2)
+    loss, _ = trainer.losses(model.train(), dict(batch), torch.tensor(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(float(p.grad.abs().max()) == 0 for p in model.parameters() if p.grad is not None)
+    validated, _ = trainer.losses(model.eval(), dict(batch), None)
+    assert validated.item() == 0
+
+
 def test_distillation_vanishes_where_the_query_is_the_phrase(encoder_folder: Path) -> None:
     trainer = tuner(PhraseEmbedder(encoder_folder))
     asked = trainer.phrases(["a red ring", "a star"])
@@ -246,6 +262,54 @@ def test_alignment_asks_for_every_one_and_for_what_is_not_there(tmp_path: Path) 
     assert len(said) >= 4  # an image is drawn from its like only, now and then
     for has_rings, answer in said:
         assert absent_phrases(answer)[0] in (["green cross"] if has_rings else names)
+
+
+def dataset_regions(made: AlignConversations, index: int) -> list[Any]:
+    found: list[Any] = made.dataset[index]["regions"]
+    return found
+
+
+def test_absent_phrases_share_no_word_with_the_image(tmp_path: Path) -> None:
+    write_regions(tmp_path, 24, without=0.2)
+    options = AlignDataOptions(train="x", absent=2, referring=0, grounding=0)
+    shared = AlignConversations(RegionTextDataset(tmp_path, max_regions=None), options, seed=0)
+    said = [
+        m["content"][-1]["text"] for k in range(24) for m in shared[k]["messages"] if len(dataset_regions(shared, k))
+    ]
+    assert not any("There is no" in text for text in said), "all phrases are of a square, so none is surely absent"
+    lines = [json.loads(line) for line in (tmp_path / "regions.jsonl").read_text().splitlines()]
+    for line in lines:
+        for found in line["regions"]:
+            found["text"] = found["text"].split()[0]
+        line["caption"] = " and ".join(found["text"] for found in line["regions"]) or "nothing at all"
+    (tmp_path / "regions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = AlignConversations(RegionTextDataset(tmp_path, max_regions=None), options, seed=0)
+    denied = 0
+    for index in range(24):
+        turns = [m["content"][0]["text"] for m in made[index]["messages"][2:]]
+        answers = turns[1::2]
+        phrases = {answer.removeprefix("There is no ").removesuffix(".") for answer in answers}
+        assert len(phrases) == len(answers) <= 2
+        assert turns[::2] == [f"Where is the {answer.split()[3][:-1]}?" for answer in answers]
+        assert phrases <= {"red", "green", "blue", "yellow"} - {r["text"] for r in lines[index]["regions"]}
+        denied += len(phrases)
+        assert made.item(index, 0)["messages"][2:] == made.item(index, 0)["messages"][2:], "drawn anew each time"
+    assert denied > 24
+    assert any(made.item(k, 0)["messages"][2:] != made.item(k, 1)["messages"][2:] for k in range(24))
+
+
+def test_plain_alignment_is_the_image_and_its_caption(tmp_path: Path) -> None:
+    dataset = RegionTextDataset(write_regions(tmp_path, 4), max_regions=None)
+    options = AlignDataOptions(train="x", prompts="plain", referring=0, grounding=0)
+    item = AlignConversations(dataset, options, seed=0)[0]
+    _, processor = tiny_mllm()
+    template = caption_template(processor.tokenizer)
+    shown = first_sample_report(processor, item, template=template)
+    assert shown == f"<image> x {processor.num_image_tokens} ⟦{dataset[0]['caption']}\n⟧"
+    batch = ConversationCollator(processor, chat_template=template)([item])
+    assert int((batch["input_ids"] != processor.image_token_id).sum()) == int((batch["labels"] != -100).sum())
+    with pytest.raises(ValueError, match="'prompts: plain' has no questions: set referring=0, grounding=0"):
+        AlignDataOptions(train="x", prompts="plain")
 
 
 def test_the_first_sample_is_shown_with_what_is_learnt() -> None:

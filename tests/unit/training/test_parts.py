@@ -110,6 +110,13 @@ def test_lora_reaches_the_language_model_only(tied: bool) -> None:
     assert trained == {torch.float32}
 
 
+def test_lora_may_be_on_some_layers_alone() -> None:
+    model, _ = tiny_mllm()
+    adapted, _ = apply_parts(model, MllmParts.model_validate({"llm": {"mode": "lora", "layers": ["v_proj"]}}), OPTIM)
+    adapters = {name.split(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert adapters == {f"base_model.model.model.language_model.layers.{k}.self_attn.v_proj" for k in range(2)}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tokens_train_nothing_of_the_language_model_but_the_control_tokens(tied: bool) -> None:
     model, processor = tiny_mllm(tied=tied)

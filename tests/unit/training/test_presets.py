@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cloc_mllm.training.config import PretrainConfig, load_config
+from cloc_mllm.training.config import AlignConfig, InstructConfig, PretrainConfig, load_config
 from cloc_mllm.training.explain import count_parts, explain
 from cloc_mllm.training.parts import PartReport
-from tests.builders import save_tiny_siglip
+from tests.builders import save_tiny_siglip, tiny_cloc
+from tests.builders_mllm import tiny_mllm
 from tests.builders_training import CONFIGS
 from tests.unit.training.test_towers import save_clip
 
@@ -107,3 +108,85 @@ def test_fine_tuning_says_what_the_paper_measured() -> None:
         header = (CONFIGS / f"{name}.yaml").read_text().split("stage:")[0]
         for figure in ("64.1", "19.1", "70.1", "27.2"):
             assert figure in header
+
+
+# -- the MLLM's -------------------------------------------------------------------------------------------------------
+
+TUNING = (
+    *("llava15_align", "llava15_instruct", "llava15_lora", "llavanext_instruct", "ferret_instruct", "qlora"),
+    *("mllm_tiny_align", "mllm_tiny_instruct"),
+)
+# Learning rate, samples a step, passes, longest sequence; of the projects' own scripts, as the presets quote them.
+RECIPES = {
+    "llava15_align": (1e-3, 256, 1, 2048),
+    "llava15_instruct": (2e-5, 128, 1, 2048),
+    "llava15_lora": (2e-4, 128, 1, 2048),
+    "llavanext_instruct": (2e-5, 128, 1, 4096),
+    "ferret_instruct": (2e-5, 128, 3, 2048),
+    "qlora": (2e-4, 16, 1, 2048),
+}
+
+
+def tuning(name: str, *overrides: str) -> AlignConfig | InstructConfig:
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    assert isinstance(config, (AlignConfig, InstructConfig))
+    return config
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_tuning_follows_the_projects_recipes(name: str) -> None:
+    config = tuning(name)
+    run, optim, data = config.run, config.optim, config.data
+    assert (optim.lr, run.batch_size, run.epochs, data.max_length) == RECIPES[name]
+    assert (optim.weight_decay, optim.warmup, optim.betas) == (0, 0.03, (0.9, 0.999))
+    assert (optim.schedule, optim.max_grad_norm) == (
+        ("constant_with_warmup", 0.3) if name == "qlora" else ("cosine", 1)
+    )
+    assert (run.precision, run.activation_checkpointing) == ("bf16", True)
+    if name.startswith("llava15") and config.stage == "instruct":
+        assert (run.zero, data.grouping) == (3, "modality_length")
+    for world in (1,) if name == "qlora" else (1, 8):
+        explain(str(CONFIGS / f"{name}.yaml"), world_size=world)
+
+
+def test_what_sets_one_tuning_preset_apart() -> None:
+    align = tuning("llava15_align")
+    assert isinstance(align, AlignConfig)
+    assert (align.data.prompts, align.run.zero, align.model.vision_layer) == ("plain", 2, -2)
+    lora = tuning("llava15_lora").parts
+    assert (lora.llm.mode, lora.llm.rank, lora.llm.alpha, lora.projector.lr) == ("lora", 128, 256, 2e-5)
+    tower = tuning("llavanext_instruct").parts.vision_tower
+    assert (tower.mode, tower.lr) == ("full", 2e-6)
+    weights = [source.weight for source in tuning("ferret_instruct").data.sources]
+    assert weights == [3, 1, 0.2, 0.2, 1, 1, 1, 1]
+    llm = tuning("qlora").parts.llm
+    assert (llm.quantization, llm.rank, llm.alpha, llm.dropout) == ("nf4", 64, 16, 0.1)
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_tuning_presets_validate_and_tell_what_they_train(name: str, tmp_path: Path) -> None:
+    config = tuning(name)
+    assert config.data.validation is not None
+    assert config.run.eval_every is not None
+    path = str(CONFIGS / f"{name}.yaml")
+    assert "unknown until this is there" in explain(path, ["model.encoder=/nowhere", f"model.init={_init(config)}"])
+    here = ["data.validation=null", "run.eval_every=null"]
+    if config.stage == "align":
+        model, processor = tiny_cloc()
+        here += [f"model.encoder={tmp_path}", "model.llm=scratch"]
+    else:
+        model, processor = tiny_mllm(grounding="head" if "tiny" in name else "text")
+        here += [f"model.init=mllm:{tmp_path}"]
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    shown = explain(path, here)
+    assert "<- this preset" in shown
+    trained = {report.name for report in count_parts(load_config(path, here)) if report.trained}
+    language = set() if name == "llava15_align" else {"llm"}
+    tower = {"vision_tower"} if name == "llavanext_instruct" else set()
+    regions = {"region_projector"} if name != "llava15_align" else set()
+    assert trained == {"projector"} | language | tower | regions | ({"grounding_head"} if "tiny" in name else set())
+
+
+def _init(config: AlignConfig | InstructConfig) -> str:
+    return "parts" if config.stage == "align" else "mllm:/nowhere"
