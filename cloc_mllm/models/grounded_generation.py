@@ -78,7 +78,8 @@ class GroundedGenerationMixin(GenerationMixin):
             raise ValueError(f"{len(regions['region_boxes'])} regions were given, but no image for them to be on")
         elif is_deepspeed_zero3_enabled():
             # Weights are gathered by all ranks together, in one order: whoever has no image encodes a blank one.
-            base.get_image_features(base._blank_image(torch.zeros(0, dtype=base.dtype, device=base.device)))
+            pixels, sizes = base._blank_image(torch.zeros(0, dtype=base.dtype, device=base.device))
+            base.get_image_features(pixels, image_sizes=sizes)
         return {**rest, "mm_encoder_outputs": {} if image is None else {"image": image}}
 
     def _with_regions(self, image: ClocMllmImageOutput, regions: dict[str, Any]) -> ClocMllmImageOutput:

@@ -123,6 +123,8 @@ def _refuse_what_llava_is_not(ours: Any, path: str | PathLike[str]) -> None:
     from transformers import CLIPVisionModel, SiglipVisionModel
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+    from cloc_mllm.models.language_head import is_plain_head
+
     problem = None
     projector, tower = ours.model.multi_modal_projector, ours.model.vision_tower
     if getattr(ours.config, "image_grid_pinpoints", None):
@@ -132,8 +134,8 @@ def _refuse_what_llava_is_not(ours: Any, path: str | PathLike[str]) -> None:
         problem = f"its projector is '{kind}', not LLaVA's two layers"
     elif not isinstance(tower, (CLIPVisionModel, SiglipVisionModel)):
         problem = f"its tower is a {type(tower).__name__}, not CLIP's or SigLIP's"
-    elif getattr(ours.lm_head, "bias", None) is not None:
-        problem = "its language model's head has a bias"
+    elif not is_plain_head(ours.config.text_config, bias=ours.lm_head.bias is not None):
+        problem = "its language model's head has a bias, a scale or a cap"
     elif not _is_inside_model(ours.config.text_config):
         problem = f"its language model ({ours.config.text_config.model_type}) does not keep its layers in 'model'"
     if problem:

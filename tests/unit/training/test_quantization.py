@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training.export import export_model
+from cloc_mllm.training.export import EXPORT_FOLDER, export_model
 from cloc_mllm.training.mllm import load_mllm
 from cloc_mllm.training.options import MllmParts, OptimOptions, PartOptions
 from cloc_mllm.training.parts import apply_parts, parameter_groups
@@ -62,12 +62,10 @@ def test_training_moves_adapters_and_the_export_merges_them_into_the_weights_as_
     assert losses[-1] < losses[0]
 
     world = SimpleNamespace(is_main=True)
-    args = SimpleNamespace(output_dir=str(tmp_path))
-    trainer = SimpleNamespace(
-        args=args, model=adapted, zero=None, world=world, exact_weights=originals, config=_config()
-    )
-    folder = export_model(trainer, lambda: apply_parts(type(model)(model.config), chosen, OPTIM)[0], processor)
-    found, _ = load_mllm(folder)
+    config = _config(tmp_path)
+    trainer = SimpleNamespace(model=adapted, zero=None, world=world, exact_weights=originals, config=config)
+    export_model(trainer, lambda: apply_parts(type(model)(model.config), chosen, OPTIM)[0], processor)
+    found, _ = load_mllm(tmp_path / EXPORT_FOLDER)
     after = found.state_dict()
     assert {str(value.dtype) for value in after.values()} <= {"torch.float32", "torch.int64"}
     for name, adapter in adapted.named_modules():
@@ -82,11 +80,11 @@ def test_training_moves_adapters_and_the_export_merges_them_into_the_weights_as_
             assert torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]), "rounding to 4 bits was exported"
 
 
-def _config() -> Any:
+def _config(output: Path) -> Any:
     from cloc_mllm.training.config import load_config
     from tests.builders_training import CONFIGS
 
-    return load_config(CONFIGS / "instruct_quick.yaml")
+    return load_config(CONFIGS / "instruct_quick.yaml", [f"run.output={output}"])
 
 
 def test_what_cannot_be_quantized_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
