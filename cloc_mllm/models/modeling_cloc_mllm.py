@@ -40,6 +40,7 @@ from .grounding_head import ClocGroundingHead, image_before, places_in_run
 from .image_tokens import ImageTokens
 from .language_head import build_language_head, finish_logits
 from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutput, ClocMllmModelOutputWithPast
+from .packed_attention import packed_inputs
 from .projectors import ImageNewline, build_projector, checked_tiles, pack_tiles
 from .region_encoder import RegionProjector, build_region_reader, checked_image_index, with_parts
 
@@ -240,8 +241,8 @@ class ClocMllmModel(CompleteLoadingMixin, LlavaModel):
         if first or image is not None:
             inputs_embeds = self._fill_placeholders(input_ids, inputs_embeds, image, is_dummy)
         if attention_mask is None and position_ids is not None and past_key_values is None:
-            # It may be a packed batch, whose mask transformers makes only where there is no cache.
-            kwargs.setdefault("use_cache", False)
+            kwargs = packed_inputs(self.language_model, position_ids) | kwargs
+            attention_mask = kwargs.pop("attention_mask", None)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

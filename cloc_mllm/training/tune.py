@@ -20,7 +20,7 @@ from cloc_mllm.models.chat_template import IGNORED
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.objectives import gather_with_grad, grounding_loss
 from cloc_mllm.objectives.distributed import all_reduce_sum
-from cloc_mllm.training.language import EmbeddingNoise, require_packable, smooth_labels
+from cloc_mllm.training.language import EmbeddingNoise, prepare_packing, smooth_labels
 from cloc_mllm.training.mllm import TuneConfig
 from cloc_mllm.training.phrases import PhraseEmbedder
 from cloc_mllm.training.trainer import ClocTrainer
@@ -108,7 +108,7 @@ def prepare_model(model: ClocMllmForConditionalGeneration, config: TuneConfig) -
     if config.objective.label_smoothing:
         smooth_labels(model, config.objective.label_smoothing)
     if config.data.packing:
-        require_packable(model)
+        prepare_packing(model)
 
 
 def phrase_embedder(config: TuneConfig, grounding: str, device: torch.device | str) -> PhraseEmbedder | None:

@@ -84,7 +84,7 @@ def test_packing_spares_padding(tmp_path: Path) -> None:
         "packing.py", "--steps", "2", "--width", "32", "--layers", "1", "--repeats", "1", "--out", str(tmp_path)
     )
     sides = json.loads((tmp_path / "packing.json").read_text())["results"][0]["sides"]
-    assert set(sides) == {"padded", "grouped", "packed", "packed long"}
+    assert set(sides) == {"padded", "grouped", "masked", "packed", "packed long"}
     assert sides["padded"]["useful_share"] < sides["packed"]["useful_share"] <= 1
     assert sides["padded"]["ratio"] == 1
     assert "useful tokens a second" in printed

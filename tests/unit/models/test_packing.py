@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel
 
+from cloc_mllm.models.packed_attention import BLOCKS, packed_inputs
 from cloc_mllm.models.packing import pack_rows, packed_tensors, sequence_numbers
 from cloc_mllm.objectives import grounding_loss
-from tests.builders_mllm import assistant, grounding_turn, image, model_inputs, region, text, tiny_mllm, user
+from tests.builders_mllm import assistant, grounding_turn, image, model_inputs, region, text, tiny_llm, tiny_mllm, user
 
 TALKS = [
     [user("how many?"), assistant("two")],
@@ -30,7 +33,14 @@ TALKS = [
     [user("hello"), assistant("well, well"), user("again"), assistant("a red circle")],
     [user(image(5), text("look")), assistant("a blue star"), user("where?"), grounding_turn("a", (0, 0, 30, 20))],
 ]
-FAMILIES = [("llama", False, "eager"), ("llama", True, "sdpa"), ("qwen2", True, "eager"), ("qwen2", False, "sdpa")]
+FAMILIES = [
+    ("llama", False, "eager"),
+    ("llama", True, "sdpa"),
+    ("llama", True, BLOCKS),
+    ("qwen2", True, "eager"),
+    ("qwen2", False, "sdpa"),
+    ("qwen2", False, BLOCKS),
+]
 
 indices = st.lists(st.integers(0, len(TALKS) - 1), min_size=1, max_size=6)
 
@@ -38,7 +48,7 @@ indices = st.lists(st.integers(0, len(TALKS) - 1), min_size=1, max_size=6)
 @functools.lru_cache
 def mllm(family: str, tied: bool, attention: str) -> tuple[Any, Any]:
     model, processor = tiny_mllm(family, tied=tied)
-    model.set_attn_implementation(attention)
+    model.model.language_model.set_attn_implementation(attention)
     return model.train(), processor
 
 
@@ -100,9 +110,10 @@ def test_packed_equals_separate(family: str, tied: bool, attention: str, chosen:
         assert float((together[name] - wanted).abs().max()) < 1e-5 * largest, name
 
 
-def test_a_neighbour_changes_nothing_to_the_last_bit() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", BLOCKS])
+def test_a_neighbour_changes_nothing_to_the_last_bit(attention: str) -> None:
     """Also with a model whose configuration asks for a cache, which would turn the blocks off."""
-    model, processor = mllm("llama", True, "sdpa")
+    model, processor = mllm("llama", True, attention)
     assert model.config.text_config.use_cache
     other = [
         user(image(9), text("look")),
@@ -119,6 +130,38 @@ def test_a_neighbour_changes_nothing_to_the_last_bit() -> None:
     assert torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][1], seen[1][1]), "a <ground> looked at its neighbour's image"
     assert not torch.equal(seen[0][2], seen[1][2]), "the neighbour did not change, so this shows nothing"
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_blocks_keep_a_sliding_window(family: str) -> None:
+    """Transformers' own mask of blocks and windows is the oracle."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny_llm(family).config)
+    config.sliding_window = 5
+    llm = AutoModel.from_config(config).eval()
+    positions = torch.cat([torch.arange(n) for n in (11, 3, 8)] + [torch.arange(n) for n in (4, 18)]).view(2, 22)
+    embeds = torch.randn(2, 22, 32)
+    with torch.no_grad():
+        llm.set_attn_implementation("sdpa")
+        wanted = llm(inputs_embeds=embeds, position_ids=positions, **packed_inputs(llm, positions)).last_hidden_state
+        llm.set_attn_implementation(BLOCKS)
+        found = llm(inputs_embeds=embeds, position_ids=positions, **packed_inputs(llm, positions)).last_hidden_state
+        unpacked = llm(inputs_embeds=embeds[:, :18], use_cache=False).last_hidden_state
+        llm.set_attn_implementation("sdpa")
+        plain = llm(inputs_embeds=embeds[:, :18], use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(unpacked, plain), "a batch that is not packed is sdpa's"
+
+
+def test_layers_that_do_not_pass_the_bounds_on_are_told() -> None:
+    model, _ = tiny_mllm()
+    llm = model.model.language_model
+    llm.set_attn_implementation(BLOCKS)
+    positions = torch.arange(12)[None] % 6
+    inputs = packed_inputs(llm, positions)
+    assert inputs.pop("block_bounds") == [[0, 6, 12]]
+    with pytest.raises(ValueError, match="is not told where the blocks of packed rows are"):
+        llm(inputs_embeds=torch.randn(1, 12, 32), position_ids=positions, **inputs)
 
 
 def test_activation_checkpointing_keeps_the_blocks() -> None:

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training.language import EmbeddingNoise, require_packable, smooth_labels, smoothed_loss
+from cloc_mllm.models.packed_attention import BLOCKS
+from cloc_mllm.training.language import EmbeddingNoise, prepare_packing, smooth_labels, smoothed_loss
 from cloc_mllm.training.options import MllmParts, OptimOptions
 from cloc_mllm.training.parts import apply_parts, llm_layers
 from tests.builders_mllm import assistant, grounding_turn, image, model_inputs, region, text, tiny_mllm, user
@@ -113,9 +114,13 @@ HEADS = {"num_attention_heads": 4}
 FAMILIES: dict[str, tuple[PreTrainedConfig, set[str] | None]] = {
     "phi": (PhiConfig(**SIZE, **HEADS, intermediate_size=48), {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
     "gpt2": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), {"c_attn", "c_fc", "c_proj"}),
-    # A convolution, positions of its own, biases by distance: none of the three knows where a conversation begins.
+    # A mask of its own, which would mix neighbours; attended to block by block, none is needed.
+    "opt": (
+        OPTConfig(**SIZE, **HEADS, ffn_dim=48, word_embed_proj_dim=32),
+        {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    ),
+    # A convolution, biases by distance: neither knows where a conversation begins.
     "lfm2": (Lfm2Config(**SIZE, **HEADS, num_key_value_heads=2, layer_types=["conv", "full_attention"]), None),
-    "opt": (OPTConfig(**SIZE, **HEADS, ffn_dim=48, word_embed_proj_dim=32), None),
     "bloom": (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), None),
 }
 
@@ -138,9 +143,11 @@ def around(config: PreTrainedConfig) -> Any:
 def test_language_models_that_can_be_packed_pass(family: str) -> None:
     model, _ = tiny_mllm(family)
     model.train()
-    require_packable(model)
+    prepare_packing(model)
     assert model.training
     assert model.model.language_model.training
+    assert model.model.language_model.config._attn_implementation == BLOCKS
+    assert BLOCKS not in model.config.to_json_string(), "where it is loaded, nobody may know it"
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -149,12 +156,14 @@ def test_families_are_packed_or_refused_and_their_layers_found(family: str) -> N
     model = around(config)
     if layers is None:
         with pytest.raises(ClocError, match="lets packed conversations see each other"):
-            require_packable(model)
+            prepare_packing(model)
         return
-    require_packable(model)
+    prepare_packing(model)
     found = llm_layers(model)
     assert {name.rpartition(".")[-1] for name in found} == layers
-    assert len(found) == 2 * (6 if family == "phi" else 4)  # GPT-2 has a c_proj in attention and one in the MLP
+    assert len(found) == 2 * (
+        6 if family in ("phi", "opt") else 4
+    )  # GPT-2 has a c_proj in attention and one in the MLP
     some = sorted(layers)[:1]
     assert {name.rpartition(".")[-1] for name in llm_layers(model, some)} == set(some)
     with pytest.raises(ClocError, match=r"has no layer nothing.*Choose 'parts\.llm\.layers' among"):
