@@ -84,12 +84,13 @@ def blocks_attention_forward(
             module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
         )
     rows = []
-    for row, bounds in enumerate(block_bounds):
+    # Split, not sliced: the gradient of all pieces together is one concatenation, of each slice a tensor of full size.
+    for bounds, *states in zip(block_bounds, *(whole.split(1) for whole in (query, key, value)), strict=True):
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
         blocks = []
-        for start, end in itertools.pairwise(bounds):
-            mine = (slice(row, row + 1), slice(None), slice(start, end))
-            band = _band(end - start, sliding_window, query.device)
-            blocks.append(sdpa_attention_forward(module, query[mine], key[mine], value[mine], band, **kwargs)[0])
+        for length, *block in zip(lengths, *(row.split(lengths, dim=2) for row in states), strict=True):
+            band = _band(length, sliding_window, query.device)
+            blocks.append(sdpa_attention_forward(module, *block, band, **kwargs)[0])
         rows.append(torch.cat(blocks, dim=1))
     return torch.cat(rows), None
 
