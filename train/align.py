@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs from a clone that is not installed
 
-from cloc_mllm.training import launch
 from cloc_mllm.training.program import tune_mllm
+from cloc_mllm.training.running import launch
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs from a clone that is not installed
 
-from cloc_mllm.training import launch
-from cloc_mllm.training.config import PretrainConfig, load_config, plan_batch
+from cloc_mllm.training.presets.config import PretrainConfig, load_config, plan_batch
 from cloc_mllm.training.program import open_run_folder, parse_args, train_and_export
+from cloc_mllm.training.running import launch
 
 
 def main() -> None:
@@ -34,12 +34,12 @@ def main() -> None:
     checkpoint = open_run_folder(config, args.resume, world)
 
     from cloc_mllm.data.collate import RegionTextCollator
-    from cloc_mllm.training.encoder import build_encoder
-    from cloc_mllm.training.parts import apply_parts, describe
-    from cloc_mllm.training.pretrain import PretrainTrainer
-    from cloc_mllm.training.pretrain_data import needs_regions, training_stream, validation_subset
-    from cloc_mllm.training.stream import LaneStream
-    from cloc_mllm.training.trainer import training_arguments
+    from cloc_mllm.training.presets.parts import apply_parts, describe
+    from cloc_mllm.training.pretraining.encoder import build_encoder
+    from cloc_mllm.training.pretraining.pretrain import PretrainTrainer
+    from cloc_mllm.training.pretraining.pretrain_data import needs_regions, training_stream, validation_subset
+    from cloc_mllm.training.running.stream import LaneStream
+    from cloc_mllm.training.running.trainer import training_arguments
 
     # 3. The data, in an order that depends on the seed and the position only.
     stream = training_stream(config, plan, world)

@@ -10,7 +10,7 @@ import yaml
 
 from cloc_mllm import __version__
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training.config import AnyConfig, PretrainConfig, write_config
+from cloc_mllm.training.presets.config import AnyConfig, PretrainConfig, write_config
 
 HERE = "."
 """What the snippets load: the folder that the card lies in. Pushing to the hub puts the repository's name there."""

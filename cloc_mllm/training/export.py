@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training import launch
-from cloc_mllm.training.adapters import save_adapter
 from cloc_mllm.training.card import write_card
-from cloc_mllm.training.config import AnyConfig
+from cloc_mllm.training.presets.config import AnyConfig
+from cloc_mllm.training.running import launch
+from cloc_mllm.training.tuning.adapters import save_adapter
 
 EXPORT_FOLDER = "export"
 ADAPTER_FOLDER = "adapter"

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training import launch
-from cloc_mllm.training.checkpoint import checkpoints, choose_checkpoint, discard, tidy
-from cloc_mllm.training.config import AlignConfig, AnyConfig, InstructConfig, load_config, plan_batch, write_config
+from cloc_mllm.training.presets.config import (
+    AlignConfig,
+    AnyConfig,
+    InstructConfig,
+    load_config,
+    plan_batch,
+    write_config,
+)
+from cloc_mllm.training.running import launch
+from cloc_mllm.training.running.checkpoint import checkpoints, choose_checkpoint, discard, tidy
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from cloc_mllm.training.trainer import ClocTrainer
+    from cloc_mllm.training.running.trainer import ClocTrainer
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def open_run_folder(config: AnyConfig, resume: str | None, world: launch.World) 
             write_config(config, folder / "run.yaml")
     launch.barrier()
     # Imported here: until now, all that could be wrong with the command line has been said without waiting for it.
-    from cloc_mllm.training.log import quiet_where_unseen
+    from cloc_mllm.training.running.log import quiet_where_unseen
 
     quiet_where_unseen()
     return checkpoint
@@ -171,12 +178,12 @@ def tune_mllm(stage: Literal["align", "instruct"], description: str) -> None:
     world = launch.start(zero, config.run.precision)
     checkpoint = open_run_folder(config, args.resume, world)
 
-    from cloc_mllm.training import mllm
-    from cloc_mllm.training.parts import apply_parts, describe
-    from cloc_mllm.training.quantization import quantize_llm
-    from cloc_mllm.training.stream import StepStream, keep_order
-    from cloc_mllm.training.trainer import training_arguments
-    from cloc_mllm.training.tune import TuneTrainer, phrase_embedder, prepare_model
+    from cloc_mllm.training.presets.parts import apply_parts, describe
+    from cloc_mllm.training.running.stream import StepStream, keep_order
+    from cloc_mllm.training.running.trainer import training_arguments
+    from cloc_mllm.training.tuning import mllm
+    from cloc_mllm.training.tuning.quantization import quantize_llm
+    from cloc_mllm.training.tuning.tune import TuneTrainer, phrase_embedder, prepare_model
 
     # 3. The data, in an order that depends on the seed and the position only; a run goes on with the one it began with.
     dataset, run = mllm.training_conversations(config), config.run

@@ -28,11 +28,11 @@ import torch
 from common import MIB, argument_parser, device, measure, print_table, run_case, write_report
 
 from cloc_mllm.objectives import clip_loss, grounding_loss, region_text_loss
-from cloc_mllm.training.config import PretrainConfig, load_config, plan_batch
-from cloc_mllm.training.costs import image_cost
-from cloc_mllm.training.explain import _encoder, count_parts
-from cloc_mllm.training.parts import trained_and_total
-from cloc_mllm.training.scaling import DEVICES, estimate, state_bytes
+from cloc_mllm.training.planning.costs import image_cost
+from cloc_mllm.training.planning.explain import _encoder, count_parts
+from cloc_mllm.training.planning.scaling import DEVICES, estimate, state_bytes
+from cloc_mllm.training.presets.config import PretrainConfig, load_config, plan_batch
+from cloc_mllm.training.presets.parts import trained_and_total
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "train" / "configs" / "pretrain_quick.yaml"
@@ -163,7 +163,7 @@ def count_traffic(case: dict[str, Any]) -> None:
     sys.argv = ["pretrain_cloc.py", "--config", str(PRESET), *case["arguments"]]
     from torch.nn.parallel import DistributedDataParallel
 
-    from cloc_mllm.training.pretrain import PretrainTrainer
+    from cloc_mllm.training.pretraining.pretrain import PretrainTrainer
 
     prepare = PretrainTrainer._prepare_for_training
 

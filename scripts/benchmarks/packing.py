@@ -30,7 +30,7 @@ from cloc_mllm.models.configuration_cloc_mllm import ClocMllmConfig
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.packed_attention import BLOCKS
 from cloc_mllm.models.packing import pack_rows, packed_tensors
-from cloc_mllm.training.grouping import Grouping
+from cloc_mllm.training.running.grouping import Grouping
 
 # Thousands of samples, whether there is an image, median of the text's tokens, spread of its logarithm.
 MIX = {

@@ -42,8 +42,8 @@ from cloc_mllm.data.shards import ShardSet, write_missing_indexes
 from cloc_mllm.data.streaming import ShardStream
 from cloc_mllm.data.writers import ParquetWriter
 from cloc_mllm.models.image_processing_cloc import load_image
-from cloc_mllm.training.config import plan_batch
-from cloc_mllm.training.stream import LaneStream, TrainLoader
+from cloc_mllm.training.presets.config import plan_batch
+from cloc_mllm.training.running.stream import LaneStream, TrainLoader
 
 SIDES = ("cloc_mllm tar", "open_clip tar", "datasets tar", "cloc_mllm parquet", "datasets parquet")
 BATCH, SIZE, LANES, BLOCK = 64, 224, 16, 64
@@ -115,8 +115,8 @@ def prepare(image: Image.Image) -> torch.Tensor:
 
 def tokenizer() -> Callable[[str], torch.Tensor]:
     """Return a tokenizer of single texts, ``(1, 77)``, as open_clip's pipeline calls one; the same on every side."""
-    from cloc_mllm.training.options import TokenizerOptions
-    from cloc_mllm.training.tokenizer import train_text_tokenizer
+    from cloc_mllm.training.presets.options import TokenizerOptions
+    from cloc_mllm.training.pretraining.tokenizer import train_text_tokenizer
 
     own = train_text_tokenizer([" ".join(WORDS)], TokenizerOptions(vocab_size=300))
     return lambda text: own(text, padding="max_length", truncation=True, max_length=77, return_tensors="pt")[

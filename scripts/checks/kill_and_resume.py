@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs from a clone that is not installed
 
-from cloc_mllm.training.checkpoint import SAVING_FOLDER, checkpoints
+from cloc_mllm.training.running.checkpoint import SAVING_FOLDER, checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "train" / "pretrain_cloc.py"
@@ -212,7 +212,9 @@ def main() -> int:
     os.environ.update(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), HF_HUB_OFFLINE="1")
     # The server that forks the processes has to import this package too, not another that is installed.
     os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
-    CONTEXT.set_forkserver_preload(["deepspeed", "cloc_mllm.training.program", "cloc_mllm.training.pretrain"])
+    CONTEXT.set_forkserver_preload(
+        ["deepspeed", "cloc_mllm.training.program", "cloc_mllm.training.pretraining.pretrain"]
+    )
     args.out = args.out.resolve()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 def write_down(rank: int, argv: list[str], record: str) -> None:
     """Train while writing down which samples each micro-batch holds, told apart by the sums of their pixels."""
-    from cloc_mllm.training.pretrain import PretrainTrainer
+    from cloc_mllm.training.pretraining.pretrain import PretrainTrainer
 
     original = PretrainTrainer.compute_loss
 

@@ -12,9 +12,9 @@ import torch
 
 from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.models.modeling_cloc import ClocModel
-from cloc_mllm.training.config import plan_batch
-from cloc_mllm.training.encoder import load_encoder
-from cloc_mllm.training.stream import StepStream
+from cloc_mllm.training.presets.config import plan_batch
+from cloc_mllm.training.pretraining.encoder import load_encoder
+from cloc_mllm.training.running.stream import StepStream
 from tests.builders_training import CONFIGS, TINY_ENCODER, losses, run_program, write_regions
 from tests.harness import RankError, run_ranks
 

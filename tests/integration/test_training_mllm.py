@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloc_mllm.training.adapters import merge_adapter
-from cloc_mllm.training.mllm import load_mllm
+from cloc_mllm.training.tuning.adapters import merge_adapter
+from cloc_mllm.training.tuning.mllm import load_mllm
 from tests.builders import noise_image
 from tests.builders_training import (
     CONFIGS,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import SiglipModel, T5Tokenizer
 
-from cloc_mllm.training.config import PretrainConfig, load_config
-from cloc_mllm.training.encoder import build_encoder, load_encoder
-from cloc_mllm.training.launch import World
-from cloc_mllm.training.mllm import load_mllm
+from cloc_mllm.training.presets.config import PretrainConfig, load_config
+from cloc_mllm.training.pretraining.encoder import build_encoder, load_encoder
+from cloc_mllm.training.running.launch import World
+from cloc_mllm.training.tuning.mllm import load_mllm
 from tests.builders import save_tiny_siglip, tiny_cloc
 from tests.builders_training import (
     CONFIGS,

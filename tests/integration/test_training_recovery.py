@@ -22,12 +22,12 @@ import torch
 from cloc_mllm.data.collate import RegionTextCollator
 from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.models.modeling_cloc import ClocModel
-from cloc_mllm.training.checkpoint import SAVING_FOLDER, checkpoints
-from cloc_mllm.training.config import plan_batch
-from cloc_mllm.training.encoder import load_encoder
-from cloc_mllm.training.stream import StepStream
-from cloc_mllm.training.trainer import ClocTrainer
-from cloc_mllm.training.watch import STALLED
+from cloc_mllm.training.presets.config import plan_batch
+from cloc_mllm.training.pretraining.encoder import load_encoder
+from cloc_mllm.training.running.checkpoint import SAVING_FOLDER, checkpoints
+from cloc_mllm.training.running.stream import StepStream
+from cloc_mllm.training.running.trainer import ClocTrainer
+from cloc_mllm.training.running.watch import STALLED
 from tests.builders_training import CONFIGS, ROOT, TINY_ENCODER, losses, run_program, write_regions
 from tests.harness import RankError, run_ranks
 

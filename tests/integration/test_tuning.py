@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cloc_mllm.training.mllm import load_mllm
+from cloc_mllm.training.tuning.mllm import load_mllm
 from tests.builders_training import (
     CONFIGS,
     TINY_ENCODER,

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the MLLM and print where it lies."""
     from cloc_mllm.apps.outputs import prepare_output_folder
     from cloc_mllm.errors import ClocError
-    from cloc_mllm.training.assembly import assemble_mllm
+    from cloc_mllm.training.tuning.assembly import assemble_mllm
 
     folder = prepare_output_folder(args.out)
     if any(folder.iterdir()):

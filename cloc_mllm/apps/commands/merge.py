@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Merge, and print where the checkpoint lies."""
-    from cloc_mllm.training.adapters import merge_adapter
+    from cloc_mllm.training.tuning.adapters import merge_adapter
 
     print(merge_adapter(args.adapter, args.out, args.base))
     return 0

@@ -46,13 +46,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the explanation."""
-    from cloc_mllm.training.config import load_config, plan_batch
+    from cloc_mllm.training.presets.config import load_config, plan_batch
 
     # Checked before torch is imported: a misspelt key should not take seconds to be told.
     config = load_config(args.config, args.overrides)
     plan_batch(config.run.batch_size, config.run.micro_batch_size, args.world_size)
 
-    from cloc_mllm.training.explain import explain
+    from cloc_mllm.training.planning.explain import explain
 
     print(explain(args.config, args.overrides, args.world_size, args.scale, args.device))
     return 0

@@ -22,8 +22,8 @@ from cloc_mllm.apps.demo.progress import Progress, format_seconds
 from cloc_mllm.apps.demo.stages import FREE_PORT, Stage, StageRunner, stage_environment
 from cloc_mllm.apps.outputs import prepare_output_folder
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training.config import load_config, plan_batch
-from cloc_mllm.training.launch import programs_folder
+from cloc_mllm.training.presets.config import load_config, plan_batch
+from cloc_mllm.training.running.launch import programs_folder
 
 _PROGRAMS = {"pretrain": "pretrain_cloc.py", "align": "align.py", "instruct": "instruct.py"}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cloc_mllm.apps.demo.progress import Progress
-from cloc_mllm.training.checkpoint import checkpoints
+from cloc_mllm.training.running.checkpoint import checkpoints
 
 LOG_TAIL_LINES = 25
 POLL_SECONDS = 0.2

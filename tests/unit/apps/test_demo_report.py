@@ -21,7 +21,7 @@ from cloc_mllm.apps.demo.report import build_report, targets, write_report
 from cloc_mllm.apps.demo.runner import build_stages, open_demo_folder
 from cloc_mllm.apps.drawing import MODEL_COLOURS, TRUE_COLOUR
 from cloc_mllm.errors import ClocError
-from cloc_mllm.training.launch import programs_folder
+from cloc_mllm.training.running.launch import programs_folder
 
 ENCODER = {
     "clip": {"region_top1": 0.2, "grounding_zeroshot_acc50": 0.05, "image_i2t_r1": 0.4, "image_t2i_r1": 0.4},

@@ -17,8 +17,8 @@ from cloc_mllm.inference.predictor import Predictor
 from cloc_mllm.models.box_constraint import OUTSIDE, BoxConstraint, BoxGrammar, BoxTokens, is_open
 from cloc_mllm.models.boxes import BOX_MODES, BoxCodec
 from cloc_mllm.models.processing_cloc_mllm import ClocMllmProcessor
-from cloc_mllm.training.options import TokenizerOptions
-from cloc_mllm.training.tokenizer import train_text_tokenizer
+from cloc_mllm.training.presets.options import TokenizerOptions
+from cloc_mllm.training.pretraining.tokenizer import train_text_tokenizer
 from tests.builders_mllm import assistant, image, text, tiny_llm_tokenizer, tiny_mllm, user
 
 SIZE = (437, 85)

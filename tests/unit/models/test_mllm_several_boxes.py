@@ -19,7 +19,7 @@ from cloc_mllm.models.conversation_cloc_mllm import in_reading_order
 from cloc_mllm.models.grounding_head import places_in_run
 from cloc_mllm.models.modeling_cloc_mllm import ClocMllmForConditionalGeneration
 from cloc_mllm.models.prompter import ClocPrompter
-from cloc_mllm.training.mllm import load_mllm
+from cloc_mllm.training.tuning.mllm import load_mllm
 from tests.builders_mllm import assistant, grounding_turn, image, model_inputs, region, text, tiny_mllm, user
 from tests.unit.models.test_mllm_grounding import says
 

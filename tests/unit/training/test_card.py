@@ -11,7 +11,7 @@ import yaml
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.card import read_header, write_card
-from cloc_mllm.training.config import load_config
+from cloc_mllm.training.presets.config import load_config
 from tests.builders import tiny_cloc
 from tests.builders_mllm import tiny_mllm
 

@@ -23,13 +23,13 @@ from cloc_mllm.objectives import (
     region_text_sigmoid_loss,
     sigmoid_loss,
 )
-from cloc_mllm.training.config import load_config
-from cloc_mllm.training.launch import World
-from cloc_mllm.training.mllm import AlignConversations, blind, build_mllm, first_sample_report, mllm_skeleton
-from cloc_mllm.training.options import AlignDataOptions, MllmObjective, PretrainObjective
-from cloc_mllm.training.phrases import PhraseEmbedder
-from cloc_mllm.training.pretrain import MODEL_INPUTS, PretrainTrainer
-from cloc_mllm.training.tune import TuneTrainer
+from cloc_mllm.training.presets.config import load_config
+from cloc_mllm.training.presets.options import AlignDataOptions, MllmObjective, PretrainObjective
+from cloc_mllm.training.pretraining.pretrain import MODEL_INPUTS, PretrainTrainer
+from cloc_mllm.training.running.launch import World
+from cloc_mllm.training.tuning.mllm import AlignConversations, blind, build_mllm, first_sample_report, mllm_skeleton
+from cloc_mllm.training.tuning.phrases import PhraseEmbedder
+from cloc_mllm.training.tuning.tune import TuneTrainer
 from tests.builders import noise_image, tiny_cloc
 from tests.builders_mllm import assistant, grounding_turn, image, region, text, tiny_mllm, user
 from tests.builders_training import CONFIGS, TINY_LLM, write_regions

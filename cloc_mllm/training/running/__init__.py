@@ -1,0 +1,1 @@
+"""How a run goes on: processes, order of the samples, the trainer, checkpoints, watching, logging."""

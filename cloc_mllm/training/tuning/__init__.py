@@ -1,0 +1,1 @@
+"""The MLLM: put together, aligned, tuned, adapted."""
