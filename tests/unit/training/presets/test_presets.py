@@ -12,7 +12,7 @@ from cloc_mllm.training.presets.parts import PartReport
 from tests.builders import save_tiny_siglip, tiny_cloc
 from tests.builders_mllm import tiny_mllm
 from tests.builders_training import CONFIGS
-from tests.unit.training.test_towers import save_clip
+from tests.unit.training.pretraining.test_towers import save_clip
 
 SCRATCH = ("cloc_vit_b16_224", "cloc_vit_l14_336", "cloc_vit_h14_336")
 
