@@ -435,7 +435,7 @@ class ClocModel(ClocPreTrainedModel):
             A :class:`ClocOutput`. Temperatures are returned rather than applied, so that no parameter is used outside
             this call (ZeRO-3 has them partitioned then).
         """
-        image, centers = self._read_images(pixel_values, input_boxes, box_image_index)
+        image, centers = self.read_images(pixel_values, input_boxes, box_image_index)
         output = ClocOutput(
             image_embeds=functional.normalize(image.pooler_output, dim=-1),
             text_embeds=functional.normalize(self._read_texts(input_ids, attention_mask), dim=-1),
@@ -465,7 +465,7 @@ class ClocModel(ClocPreTrainedModel):
             output.pred_boxes = self.box_head(self.prompter(tokens, self.prompter.embed_texts(phrases), table))
         return output
 
-    def _read_images(
+    def read_images(
         self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, image_index: torch.Tensor | None
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor | None]:
         """Encode images; while training with patch dropout, some of their patches, whose centres come with them."""

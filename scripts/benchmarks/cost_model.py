@@ -29,7 +29,7 @@ from common import MIB, argument_parser, device, measure, print_table, run_case,
 
 from cloc_mllm.objectives import clip_loss, grounding_loss, region_text_loss
 from cloc_mllm.training.planning.costs import image_cost
-from cloc_mllm.training.planning.explain import _encoder, count_parts
+from cloc_mllm.training.planning.explain import count_parts, encoder_skeleton
 from cloc_mllm.training.planning.scaling import DEVICES, estimate, state_bytes
 from cloc_mllm.training.presets.config import PretrainConfig, load_config, plan_batch
 from cloc_mllm.training.presets.parts import trained_and_total
@@ -95,7 +95,7 @@ def step_case(case: dict[str, Any]) -> dict[str, Any]:
     """Measure a training step, and what is foretold of it."""
     batch, overrides = MODELS[case["model"]]
     config = preset(overrides)
-    cost = image_cost(config, lambda: _encoder(config))
+    cost = image_cost(config, lambda: encoder_skeleton(config))
     trained, total = trained_and_total(count_parts(config))
     state = sum(state_bytes(trained, total, "fp32", None, 1).values())
 
@@ -103,7 +103,7 @@ def step_case(case: dict[str, Any]) -> dict[str, Any]:
     product = measure(lambda: left @ left, 20)
     rate = 2 * 1024**3 / product["seconds"]
 
-    model = _encoder(config).to(device()).train()
+    model = encoder_skeleton(config).to(device()).train()
     if config.run.activation_checkpointing:
         model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -212,7 +212,7 @@ def traffic_case(case: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(config, PretrainConfig)
     trained, total = trained_and_total(count_parts(config))
     stage = {"none": None, 1: 1, 2: 2}.get(config.run.zero, 3)
-    cost = image_cost(config, lambda: _encoder(config))
+    cost = image_cost(config, lambda: encoder_skeleton(config))
     # What the run has taken, not the largest micro-batch that would fit.
     micro = plan_batch(config.run.batch_size, config.run.micro_batch_size, 2).micro_batch
     run = config.run.model_copy(update={"micro_batch_size": micro})

@@ -168,7 +168,7 @@ def _forward(model: ClocModel, config: PretrainConfig) -> Iterator[tuple[str, to
         return torch.full((count, length), 3, dtype=torch.long)
 
     model.patch_dropout = config.compute.patch_dropout
-    image, centers = model._read_images(pixels, None, None)
+    image, centers = model.read_images(pixels, None, None)
     yield "image tower", image.pooler_output
     yield "captions", model.get_text_features(ids(IMAGES, config.tokenizer.max_length)).pooler_output
     if model.prompter is None and not config.objective.extra_captions:

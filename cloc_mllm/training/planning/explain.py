@@ -79,7 +79,7 @@ def count_parts(config: AnyConfig) -> list[PartReport]:
         ClocError: A checkpoint it starts from is not there.
     """
     with torch.device("meta"):
-        model: nn.Module = _encoder(config) if isinstance(config, PretrainConfig) else _mllm(config)
+        model: nn.Module = encoder_skeleton(config) if isinstance(config, PretrainConfig) else _mllm(config)
         return apply_parts(model, config.parts, config.optim)[1]
 
 
@@ -112,7 +112,7 @@ def _cost_sections(
     """Return what an image costs, and what a step does on so many devices."""
     from cloc_mllm.training.planning.costs import image_cost
 
-    cost = image_cost(config, lambda: _encoder(config))
+    cost = image_cost(config, lambda: encoder_skeleton(config))
     sections = [("An image, forward, and bytes kept for the backward pass", _cost_table(cost))]
     if scale:
         chosen, (trained, total) = DEVICES[device], trained_and_total(reports)
@@ -143,7 +143,12 @@ def _batch_lines(config: AnyConfig, plan: BatchPlan) -> str:
     return "\n".join(lines)
 
 
-def _encoder(config: PretrainConfig) -> ClocModel:
+def encoder_skeleton(config: PretrainConfig) -> ClocModel:
+    """Build the encoder a preset asks for without its weights, for counting; call it under the meta device.
+
+    Args:
+        config: The preset.
+    """
     from cloc_mllm.training.pretraining.encoder import planned_config
 
     return ClocModel(planned_config(config))

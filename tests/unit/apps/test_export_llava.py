@@ -137,6 +137,7 @@ def test_a_siglip_tower(tmp_path: Path) -> None:
     [
         (lambda m: setattr(m.model, "multi_modal_projector", torch.nn.Linear(2, 2)), "its projector is"),
         (lambda m: setattr(m, "lm_head", torch.nn.Linear(2, 2)), "head has a bias"),
+        (lambda m: setattr(m.config.text_config, "final_logit_softcapping", 3.0), "a scale or a cap"),
         (lambda m: setattr(m.model, "vision_tower", torch.nn.Identity()), "its tower is a Identity"),
         (lambda m: setattr(m.config, "image_grid_pinpoints", [[64, 64]]), "anyres"),
     ],
