@@ -145,12 +145,12 @@ def test_logits_that_are_finished_in_an_unknown_way_are_refused() -> None:
         ClocMllmForConditionalGeneration.from_parts(encoder, llm, processor.tokenizer)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "grounding"), [(False, "head"), (True, "head"), (True, "text")])
 @pytest.mark.parametrize("family", LLM_FAMILIES)
-def test_any_language_model(family: str, tied: bool, tmp_path: Path) -> None:
+def test_any_language_model(family: str, tied: bool, grounding: str, tmp_path: Path) -> None:
     """Its own logits on text; a gradient in every part; and batched answers as one by one, after saving and loading."""
     llm = tiny_llm(family, tied=tied)
-    model, processor = tiny_mllm(family, tied=tied)
+    model, processor = tiny_mllm(family, tied=tied, grounding=grounding)
     ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         alone, together = llm(ids).logits, model(ids).logits
