@@ -188,7 +188,7 @@ class ClocMllmModel(CompleteLoadingMixin, LlavaModel):
             output.region_features = self.region_projector(self.prompter(tokens, boxes, index, *shapes))
         elif self._runs_every_part():
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=tokens.device)
-            embeds = self.prompter(tokens, whole, torch.zeros(1, dtype=torch.long, device=tokens.device))
+            embeds = self.prompter(tokens[:1], whole, torch.zeros(1, dtype=torch.long, device=tokens.device))
             output.pooler_output[0] = output.pooler_output[0] + 0.0 * self.region_projector(embeds).sum()
 
     @can_return_tuple
@@ -351,7 +351,8 @@ class ClocMllmModel(CompleteLoadingMixin, LlavaModel):
         elif image is not None and self._runs_every_part():
             nothing = torch.zeros(1, dtype=torch.long, device=device)
             asked = None if queries is None else result.ground_embeds.new_zeros(1, result.ground_embeds.shape[1])
-            embeds, boxes, text_boxes = self.grounding_head(hidden[:1, -1], image.last_hidden_state, nothing, asked)
+            first = image.last_hidden_state[:1]
+            embeds, boxes, text_boxes = self.grounding_head(hidden[:1, -1], first, nothing, asked)
             if not len(index):
                 # No rows, but on the graph: ZeRO-3 counts which outputs the backward pass reaches, and every rank has
                 # to come to the same number whether it has a `<ground>` or not.

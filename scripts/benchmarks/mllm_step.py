@@ -4,8 +4,9 @@
     python scripts/benchmarks/mllm_step.py --size base --tokens 32
 
 Both sides run transformers' own tower, projector and language model; what is compared is what this package's class does
-around them. They take turns in one process. `ours, regions` and `ours, boxes` show what regions in the question and a
-grounding head cost; stock LLaVA has nothing to set against them, so the ratio there is to LLaVA without any.
+around them. They take turns in one process. In `of the same size` both have the same weights; the cases behind it show
+what a Prompter, trained, idle or in use, and a grounding head cost. Stock LLaVA has nothing to set against them, so the
+ratio there is to LLaVA without.
 """
 
 from __future__ import annotations
@@ -40,26 +41,27 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, int], int]] = {
 CASES = {
     "answer": "greedy answer",
     "answer, regions": "greedy answer to a question with 4 regions",
-    "step": "training step",
-    "step, regions": "training step with 4 regions in the question",
-    "step, boxes": "training step with 4 regions and a grounding head's 4 boxes",
+    "step": "training step, of the same size",
+    "step, idle": "training step with a Prompter, no region in the batch",
+    "step, regions": "training step with a Prompter, 4 regions in the question",
+    "step, boxes": "training step with a Prompter and a grounding head, 4 regions and 4 boxes",
 }
 
 
-def build(size: str, head: bool) -> ClocMllmForConditionalGeneration:
-    """Build our model."""
+def build(size: str, prompter: bool, head: bool) -> ClocMllmForConditionalGeneration:
+    """Build our model, with a Prompter and a grounding head or without."""
     tower, language, side = SIZES[size]
     vision = CLIPVisionConfig(**tower, image_size=side, patch_size=16)
     text = LlamaConfig(**language, vocab_size=8192, max_position_embeddings=4096, tie_word_embeddings=True)
-    prompter = ClocPrompterConfig(hidden_size=vision.hidden_size, projection_dim=512, num_attention_heads=6)
+    reader = ClocPrompterConfig(hidden_size=vision.hidden_size, projection_dim=512, num_attention_heads=6)
     torch.manual_seed(0)
     config = ClocMllmConfig(
         vision_config=vision,
         text_config=text,
-        region_encoder="prompter",
-        prompter_config=prompter,
+        region_encoder="prompter" if prompter else "none",
+        prompter_config=reader if prompter else None,
         grounding="head" if head else "text",
-        grounding_config=ClocPrompterConfig(**prompter.to_dict()) if head else None,
+        grounding_config=ClocPrompterConfig(**reader.to_dict()) if head else None,
         image_token_index=IMAGE,
         region_token_index=REGION,
         ground_token_index=GROUND,
@@ -135,7 +137,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Let both sides take turns; return the median of each and of the ratios."""
     regions = 4 if "regions" in case["case"] or "boxes" in case["case"] else 0
     grounds = 4 if "boxes" in case["case"] else 0
-    ours = build(case["size"], head=bool(grounds))
+    ours = build(case["size"], prompter=case["case"] != "step", head=bool(grounds))
     stock = build_stock(ours)
     inputs, plain = make_inputs(case, regions, grounds), make_inputs(case, 0, 0)
     if case["case"].startswith("answer"):
