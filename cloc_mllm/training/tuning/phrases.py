@@ -17,7 +17,10 @@ from cloc_mllm.training.pretraining.encoder import load_any_encoder
 
 
 class PhraseEmbedder:
-    """Embeds phrases, each once.
+    """Embeds phrases, the distinct ones of a batch together.
+
+    Nothing is kept from batch to batch: beside other texts the same phrase differs in the last bits, and a run that is
+    resumed would no longer be the run that was not.
 
     Args:
         path: The encoder's export folder.
@@ -33,16 +36,14 @@ class PhraseEmbedder:
         self._projection = encoder.text_projection.to(device).eval().requires_grad_(False)
         self._width = encoder.config.projection_dim
         self._device = torch.device(device)
-        self._known: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, phrases: Sequence[str]) -> torch.Tensor:
         """Return ``(G, D)`` fp32 embeddings, L2-normalised, in the order of the phrases; ``(0, D)`` for none."""
-        new = sorted(set(phrases) - self._known.keys())
-        if new:
-            tokens = {key: value.to(self._device) for key, value in self._processor.tokenize(new).items()}
-            pooled = self._projection(self._text_model(**tokens).pooler_output)
-            self._known.update(zip(new, functional.normalize(pooled.float(), dim=-1), strict=True))
         if not phrases:
             return torch.zeros(0, self._width, device=self._device)
-        return torch.stack([self._known[phrase] for phrase in phrases])
+        distinct = sorted(set(phrases))
+        tokens = {key: value.to(self._device) for key, value in self._processor.tokenize(distinct).items()}
+        pooled = self._projection(self._text_model(**tokens).pooler_output)
+        place = {phrase: k for k, phrase in enumerate(distinct)}
+        return functional.normalize(pooled.float(), dim=-1)[[place[phrase] for phrase in phrases]]

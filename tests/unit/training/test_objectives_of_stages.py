@@ -155,6 +155,8 @@ def test_phrases_are_embedded_as_the_encoder_embeds_them(encoder_folder: Path) -
     torch.testing.assert_close(got, torch.nn.functional.normalize(expected, dim=1)[[0, 1, 0]])
     assert embed([]).shape == (0, model.config.projection_dim)
     assert not got.requires_grad
+    embed(["a very much longer phrase about a blue star"])
+    assert torch.equal(embed(["Red Ring", "a star", "Red Ring"]), got), "what came before is remembered"
 
 
 def test_box_terms_are_scaled_for_accumulation_and_the_language_loss_for_processes(encoder_folder: Path) -> None:
