@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,9 +18,9 @@ from PIL import Image
 
 from cloc_mllm.apps.drawing import PALETTE, PROMPT_COLOUR, DrawnBox, draw_boxes
 from cloc_mllm.errors import ClocError
+from cloc_mllm.inference.templates import REGION, question_items
 from cloc_mllm.models.image_processing_cloc import load_image
 
-REGION = "<region>"
 DEFAULT_QUESTION = f"What is {REGION}?"
 HELP = """\
 Ask a question, or:
@@ -125,7 +125,7 @@ class ChatSession:
         """
         given = [self.check_box(box) for box in boxes]
         text = place_regions(question, len(given))
-        content = list(_content(text, given))
+        content = question_items(text, given)
         if self.picture is not None and not self._messages:
             content.insert(0, {"type": "image", "image": self.picture})
         turn = {"role": "user", "content": content}
@@ -234,15 +234,6 @@ def place_regions(question: str, count: int) -> str:
         raise ClocError("there is no question", remedy='Give one, as in: cloc-mllm chat M --image F "What is this?"')
     regions = " and ".join([REGION] * count)
     return f"{question} {regions}" if question else DEFAULT_QUESTION.replace(REGION, regions)
-
-
-def _content(text: str, boxes: Sequence[Box]) -> Iterator[dict[str, Any]]:
-    """Yield a user turn's items: text, and a region for each placeholder."""
-    for number, part in enumerate(text.split(REGION)):
-        if number:
-            yield {"type": "region", "box": boxes[number - 1]}
-        if part:
-            yield {"type": "text", "text": part}
 
 
 def converse(session: ChatSession, lines: Iterable[str], out: TextIO, boxes: Sequence[Box] = ()) -> None:
