@@ -60,6 +60,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def common_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `convert_conversations` that parsed arguments hold."""
+    return {"file_format": args.format, "copy_images": args.copy_images, "on_bad_sample": args.on_bad_sample}
+
+
 def read_samples(path: str | Path) -> Iterator[tuple[Any, str]]:
     """Yields the raw samples of a file and where each stands, without holding the file in memory.
 

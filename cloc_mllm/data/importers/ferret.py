@@ -27,6 +27,7 @@ from cloc_mllm.data.importers.conversations import (
     Origin,
     add_common_arguments,
     clip_box,
+    common_options,
     convert_conversations,
 )
 from cloc_mllm.data.importers.pictures import Pictures
@@ -56,14 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the conversion that parsed arguments ask for."""
-    return convert_ferret(
-        args.src,
-        args.images,
-        args.out,
-        file_format=args.format,
-        copy_images=args.copy_images,
-        on_bad_sample=args.on_bad_sample,
-    )
+    return convert_ferret(args.src, args.images, args.out, **common_options(args))
 
 
 def convert_ferret(src: str | Path, images: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:

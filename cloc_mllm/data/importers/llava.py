@@ -32,6 +32,7 @@ from cloc_mllm.data.importers.conversations import (
     Origin,
     add_common_arguments,
     clip_box,
+    common_options,
     convert_conversations,
 )
 from cloc_mllm.data.importers.pictures import Pictures
@@ -73,15 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the conversion that parsed arguments ask for."""
-    return convert_llava(
-        args.src,
-        args.images,
-        args.out,
-        boxes=args.boxes,
-        file_format=args.format,
-        copy_images=args.copy_images,
-        on_bad_sample=args.on_bad_sample,
-    )
+    return convert_llava(args.src, args.images, args.out, boxes=args.boxes, **common_options(args))
 
 
 def convert_llava(

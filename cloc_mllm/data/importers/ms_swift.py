@@ -30,6 +30,7 @@ from cloc_mllm.data.importers.conversations import (
     Origin,
     add_common_arguments,
     clip_box,
+    common_options,
     convert_conversations,
 )
 from cloc_mllm.data.importers.pictures import Pictures
@@ -59,14 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the conversion that parsed arguments ask for."""
-    return convert_ms_swift(
-        args.src,
-        args.images,
-        args.out,
-        file_format=args.format,
-        copy_images=args.copy_images,
-        on_bad_sample=args.on_bad_sample,
-    )
+    return convert_ms_swift(args.src, args.images, args.out, **common_options(args))
 
 
 def convert_ms_swift(src: str | Path, images: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:

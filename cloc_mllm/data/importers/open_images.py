@@ -76,7 +76,10 @@ class OpenImagesSource(Source):
         heads = next(rows, [])
         last = None
         for row in rows:
-            item = dict(zip(heads, row, strict=False))
+            if len(row) != len(heads):
+                problem = f"a line has {len(row)} fields, the first line {len(heads)}"
+                raise ClocError(problem, file=self.boxes, sample=row[0] if row else None, remedy="Fetch it again.")
+            item = dict(zip(heads, row, strict=True))
             with reading(self.boxes, "boxes", item):
                 image, label = item["ImageID"], item["LabelName"]
                 if image != last:

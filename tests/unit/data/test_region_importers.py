@@ -23,7 +23,9 @@ from cloc_mllm.data.check import check_data
 from cloc_mllm.data.importers import conversion
 from cloc_mllm.data.importers.annotation_index import AnnotationIndex
 from cloc_mllm.data.importers.coco import convert_coco
+from cloc_mllm.data.importers.conversion import ConvertOptions, convert
 from cloc_mllm.data.importers.flickr30k_entities import read_sentence
+from cloc_mllm.data.importers.open_images import OpenImagesSource
 from cloc_mllm.data.importers.refcoco import read_refs
 from cloc_mllm.data.importers.visual_genome import VisualGenomeSource
 from cloc_mllm.data.readers import open_samples
@@ -120,6 +122,9 @@ def test_open_images(tmp_path: Path) -> None:
     assert samples[0]["regions"] == [{"box": [10.0, 15.0, 30.0, 30.0], "text": "airplane"}]
     counts, _ = converted(tmp_path, "open-images", *words, "--depictions", out="more")
     assert counts["boxes_written"] == 2
+    (tmp_path / "boxes.csv").write_text((tmp_path / "boxes.csv").read_text() + "0001eeaf4aed83f9,xcl")
+    with pytest.raises(ClocError, match=r"'0001eeaf4aed83f9': a line has 2 fields, the first line 13"):
+        convert(OpenImagesSource(tmp_path / "boxes.csv", tmp_path / "classes.csv"), ConvertOptions(tmp_path, tmp_path))
 
 
 def test_visual_genome(tmp_path: Path) -> None:
