@@ -15,6 +15,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
+from tests.harness import run_ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "train" / "configs"
 COLOURS = {"red": (230, 30, 30), "green": (20, 190, 40), "blue": (40, 60, 230), "yellow": (240, 230, 40)}
@@ -100,6 +102,12 @@ def run_program(rank: int, name: str, arguments: list[str]) -> None:
     spec.loader.exec_module(program)
     with mock.patch.object(sys, "argv", [f"{name}.py", *arguments]):
         program.main()
+
+
+def run_preset(world: int, name: str, preset: str, *overrides: str) -> None:
+    """Run `train/NAME.py` on a preset in so many ranks."""
+    argv = ["--config", str(CONFIGS / f"{preset}.yaml"), *overrides]
+    run_ranks(run_program, world, name, argv, init_group=False, timeout=200)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,24 @@ def prepare_output_folder(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def empty_output_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder to write, or take it if it is there and empty.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ClocError: It cannot be written to, or holds something.
+    """
+    folder = prepare_output_folder(path)
+    if any(folder.iterdir()):
+        raise ClocError("the folder is not empty", file=folder, remedy="Choose another one with --out.")
+    return folder
+
+
 def prepare_output_file(path: str | os.PathLike[str]) -> Path:
     """Make a file's parent folder and prove that the file can be written.
 

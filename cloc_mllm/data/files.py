@@ -17,6 +17,11 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path)
 
 
+def may_be_hub_name(path: str | os.PathLike[str]) -> bool:
+    """Whether a path has the form of a name on the hub, `owner/name`, rather than that of a place on disk."""
+    return str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+
+
 def is_glob(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a pattern such as `data/train-*.tar`; a file that is really called so is none."""
     return bool(_GLOB & set(str(path))) and not (not is_url(path) and Path(path).exists())

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from cloc_mllm.data.files import may_be_hub_name
 from cloc_mllm.errors import ClocError
 from cloc_mllm.inference.feature_cache import FeatureCache
 from cloc_mllm.inference.images import read_image, with_pictures
@@ -494,5 +495,5 @@ def _check_folder(path: str | PathLike[str]) -> None:
         inner = folder / "export"
         remedy = f"Did you mean '{inner}'?" if (inner / "config.json").exists() else None
         raise ClocError("the folder holds no model: there is no config.json", file=folder, remedy=remedy)
-    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
+    if not folder.exists() and not may_be_hub_name(path):
         raise ClocError("there is no such folder", file=path)

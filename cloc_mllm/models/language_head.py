@@ -9,17 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-
-
-def build_language_head(text_config: Any, bias: bool) -> nn.Linear:
-    """The linear layer from hidden states to the vocabulary.
-
-    Args:
-        text_config: The language model's configuration.
-        bias: Whether it has one, as Phi's.
-    """
-    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
 
 
 def finish_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:

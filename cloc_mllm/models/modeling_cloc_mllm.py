@@ -38,7 +38,7 @@ from .configuration_cloc_mllm import ClocMllmConfig
 from .grounded_generation import GroundedGenerationMixin
 from .grounding_head import ClocGroundingHead, image_before, places_in_run
 from .image_tokens import ImageTokens
-from .language_head import build_language_head, finish_logits
+from .language_head import finish_logits
 from .outputs_cloc_mllm import ClocMllmCausalLMOutputWithPast, ClocMllmImageOutput, ClocMllmModelOutputWithPast
 from .packed_attention import packed_inputs
 from .projectors import ImageNewline, build_projector, checked_tiles, pack_tiles
@@ -430,7 +430,7 @@ class ClocMllmForConditionalGeneration(CompleteLoadingMixin, GroundedGenerationM
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = ClocMllmModel(config)
         text = config.text_config
-        self.lm_head = build_language_head(text, config.lm_head_bias)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         # LLaVA's is fixed to the name that Llama gives its embeddings; GPT-2, OPT and others have theirs elsewhere.
         embeddings = self.model.language_model.get_input_embeddings()
         name = next(n for n, module in self.model.language_model.named_modules() if module is embeddings)

@@ -115,8 +115,7 @@ def _origins(config: AnyConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"init": model.init}
     if not isinstance(config, PretrainConfig):
         found |= {"encoder": config.model.encoder, "language model": config.model.llm}
-    train = config.data.train
-    found["data"] = train if isinstance(train, str) else ", ".join(source.path for source in train)
+    found["data"] = ", ".join(source.path for source in config.data.sources)
     found["validation data"] = config.data.validation
     return {what: value for what, value in found.items() if value is not None}
 
@@ -141,8 +140,7 @@ def _header(config: AnyConfig) -> dict[str, Any]:
         header["license"] = config.run.license
     if bases:
         header["base_model"] = list(dict.fromkeys(bases))
-    data = config.data.train
-    paths = [data] if isinstance(data, str) else [source.path for source in data]
+    paths = [source.path for source in config.data.sources]
     sets = [path.removeprefix("hf://datasets/") for path in paths if path.startswith("hf://datasets/")]
     if sets:
         header["datasets"] = sorted({"/".join(name.split("/")[:2]) for name in sets})

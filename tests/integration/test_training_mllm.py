@@ -13,17 +13,16 @@ from cloc_mllm.training.tuning.adapters import merge_adapter
 from cloc_mllm.training.tuning.mllm import load_mllm
 from tests.builders import noise_image
 from tests.builders_training import (
-    CONFIGS,
     TINY_ENCODER,
     TINY_LLM,
     TINY_MLLM,
     losses,
     metrics,
-    run_program,
+    run_preset,
     write_conversations,
     write_regions,
 )
-from tests.harness import RankError, run_ranks
+from tests.harness import RankError
 
 pytestmark = pytest.mark.integration
 
@@ -35,20 +34,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_regions(folder / "data", 48)
     write_conversations(folder / "data", 48)
     options = ("run.steps=2", "run.batch_size=4", "run.zero=none", f"data.train={folder / 'data'}")
-    _run(1, "pretrain_cloc", "pretrain_quick", *TINY_ENCODER, *options, f"run.output={folder / 'encoder'}")
+    run_preset(1, "pretrain_cloc", "pretrain_quick", *TINY_ENCODER, *options, f"run.output={folder / 'encoder'}")
     align(folder, "align", 1, "run.zero=none")
     return folder
-
-
-def _run(world: int, program: str, preset: str, *overrides: str) -> None:
-    argv = ["--config", str(CONFIGS / f"{preset}.yaml"), *overrides]
-    run_ranks(run_program, world, program, argv, init_group=False, timeout=200)
 
 
 def align(folder: Path, name: str, world: int, *overrides: str) -> Path:
     options = (f"data.train={folder / 'data'}", f"model.encoder={folder / 'encoder' / 'export'}")
     sizes = ("run.steps=4", "run.batch_size=4", f"run.output={folder / name}")
-    _run(world, "align", "align_quick", *TINY_MLLM, *TINY_LLM, *options, *sizes, *overrides)
+    run_preset(world, "align", "align_quick", *TINY_MLLM, *TINY_LLM, *options, *sizes, *overrides)
     return folder / name
 
 
@@ -56,7 +50,7 @@ def instruct(folder: Path, name: str, world: int, *overrides: str) -> Path:
     encoder = folder / "encoder" / "export"
     start = (f"model.init=mllm:{folder / 'align' / 'export'}", f"model.encoder={encoder}")
     sizes = ("run.steps=6", "run.batch_size=4", f"run.output={folder / name}", f"data.train={folder / 'data'}")
-    _run(world, "instruct", "instruct_quick", *TINY_MLLM, *start, *sizes, *overrides)
+    run_preset(world, "instruct", "instruct_quick", *TINY_MLLM, *start, *sizes, *overrides)
     return folder / name
 
 

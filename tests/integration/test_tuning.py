@@ -14,17 +14,16 @@ from PIL import Image
 
 from cloc_mllm.training.tuning.mllm import load_mllm
 from tests.builders_training import (
-    CONFIGS,
     TINY_ENCODER,
     TINY_LLM,
     TINY_MLLM,
     losses,
     metrics,
-    run_program,
+    run_preset,
     write_conversations,
     write_regions,
 )
-from tests.harness import RankError, run_ranks
+from tests.harness import RankError
 
 pytestmark = pytest.mark.integration
 
@@ -37,10 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_conversations(folder / "data", 40)
     bare_conversations(folder / "bare", 32)
     encoder = ("run.steps=2", "run.batch_size=4", "run.zero=none", f"data.train={folder / 'data'}")
-    program(1, "pretrain_cloc", "pretrain_quick", *TINY_ENCODER, *encoder, f"run.output={folder / 'encoder'}")
+    run_preset(1, "pretrain_cloc", "pretrain_quick", *TINY_ENCODER, *encoder, f"run.output={folder / 'encoder'}")
     align = (f"data.train={folder / 'data'}", f"model.encoder={folder / 'encoder' / 'export'}", "data.packing=true")
     sizes = ("run.steps=3", "run.batch_size=4", "run.zero=none", "data.absent=1", f"run.output={folder / 'align'}")
-    program(1, "align", "align_quick", *TINY_MLLM, *TINY_LLM, *align, *sizes)
+    run_preset(1, "align", "align_quick", *TINY_MLLM, *TINY_LLM, *align, *sizes)
     return folder
 
 
@@ -60,15 +59,10 @@ def bare_conversations(folder: Path, count: int) -> None:
     (folder / "conversations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def program(world: int, name: str, preset: str, *overrides: str) -> None:
-    argv = ["--config", str(CONFIGS / f"{preset}.yaml"), *overrides]
-    run_ranks(run_program, world, name, argv, init_group=False, timeout=200)
-
-
 def instruct(folder: Path, name: str, world: int, *overrides: str, data: str = "data") -> Path:
     start = (f"model.init=mllm:{folder / 'align' / 'export'}", f"model.encoder={folder / 'encoder' / 'export'}")
     sizes = ("run.steps=5", "run.batch_size=4", f"run.output={folder / name}", f"data.train={folder / data}")
-    program(world, "instruct", "instruct_quick", *TINY_MLLM, *start, *sizes, *overrides)
+    run_preset(world, "instruct", "instruct_quick", *TINY_MLLM, *start, *sizes, *overrides)
     return folder / name
 
 

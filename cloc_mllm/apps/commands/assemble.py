@@ -48,13 +48,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Write the MLLM and print where it lies."""
-    from cloc_mllm.apps.outputs import prepare_output_folder
-    from cloc_mllm.errors import ClocError
+    from cloc_mllm.apps.outputs import empty_output_folder
     from cloc_mllm.training.tuning.assembly import assemble_mllm
 
-    folder = prepare_output_folder(args.out)
-    if any(folder.iterdir()):
-        raise ClocError("the folder is not empty", file=folder, remedy="Choose another one with --out.")
+    folder = empty_output_folder(args.out)
     model, processor = assemble_mllm(
         args.tower,
         args.llm,

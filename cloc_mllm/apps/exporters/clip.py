@@ -7,7 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from cloc_mllm.apps.exporters.common import Exported, card, empty_folder, require_type, stock_image_processor
+from cloc_mllm.apps.exporters.common import Exported, card, require_type, stock_image_processor
+from cloc_mllm.apps.outputs import empty_output_folder
 from cloc_mllm.errors import ClocError
 
 PARTS = ("tower", "encoder")
@@ -45,7 +46,7 @@ def export_clip(model: str | PathLike[str], out: str | PathLike[str], part: str 
     if part not in PARTS:
         raise ClocError(f"part is '{part}'", remedy=f"Write one of {', '.join(PARTS)}.")
     require_type(model, "cloc", "clip", "an encoder, the export/ of a pre-training run")
-    folder = empty_folder(out)
+    folder = empty_output_folder(out)
 
     from cloc_mllm.evaluation.readouts import ClocEncoder
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from cloc_mllm.apps.outputs import prepare_output_folder
 from cloc_mllm.errors import ClocError
 from cloc_mllm.training.card import read_header
 
@@ -60,18 +59,6 @@ def require_type(model: str | PathLike[str], wanted: str, layout: str, what: str
         raise ClocError(
             f"is a checkpoint of type '{kind}'; --format {layout} takes {what} (type '{wanted}')", file=model
         )
-
-
-def empty_folder(out: str | PathLike[str]) -> Path:
-    """Make the folder to write, or take it if it is there and empty.
-
-    Raises:
-        ClocError: It cannot be written to, or holds something.
-    """
-    folder = prepare_output_folder(out)
-    if any(folder.iterdir()):
-        raise ClocError("the folder is not empty", file=folder, remedy="Choose another one with --out.")
-    return folder
 
 
 def stock_image_processor(images: Any) -> tuple[Any, list[str]]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from cloc_mllm.apps.exporters.common import Exported, card, empty_folder, require_type, stock_image_processor
+from cloc_mllm.apps.exporters.common import Exported, card, require_type, stock_image_processor
+from cloc_mllm.apps.outputs import empty_output_folder
 from cloc_mllm.errors import ClocError
 
 SHARD_SIZE = "5GB"
@@ -65,7 +66,7 @@ def export_llava(model: str | PathLike[str], out: str | PathLike[str]) -> Export
     images, notes = stock_image_processor(processor.image_processor)
     stock = llava_model(ours)
     _require_same_logits(ours, stock, model)
-    folder = empty_folder(out)
+    folder = empty_output_folder(out)
     notes = [_left_out(ours), *notes]
     _write_config(stock, folder)
     _write_weights(stock, folder)

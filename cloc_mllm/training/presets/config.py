@@ -125,7 +125,18 @@ class PretrainConfig(_StageConfig):
         return self
 
 
-class AlignConfig(_StageConfig):
+class _TuneConfig(_StageConfig):
+    """What the two stages of the MLLM have in common."""
+
+    @model_validator(mode="after")
+    def _adapters_only_on_the_llm(self) -> _TuneConfig:
+        parts: MllmParts = getattr(self, "parts")  # noqa: B009 -- a field of both stages
+        _refuse_adapters(parts, "every part but the llm", but="llm")
+        _refuse_quantization(parts.llm, self.run)
+        return self
+
+
+class AlignConfig(_TuneConfig):
     """Configuration of `train/align.py`."""
 
     stage: Literal["align"]
@@ -134,14 +145,8 @@ class AlignConfig(_StageConfig):
     objective: MllmObjective = block(MllmObjective, "the losses' weights")
     parts: MllmParts = block(MllmParts, "what is trained")
 
-    @model_validator(mode="after")
-    def _adapters_only_on_the_llm(self) -> AlignConfig:
-        _refuse_adapters(self.parts, "every part but the llm", but="llm")
-        _refuse_quantization(self.parts.llm, self.run)
-        return self
 
-
-class InstructConfig(_StageConfig):
+class InstructConfig(_TuneConfig):
     """Configuration of `train/instruct.py`."""
 
     stage: Literal["instruct"]
@@ -149,12 +154,6 @@ class InstructConfig(_StageConfig):
     data: InstructDataOptions
     objective: MllmObjective = block(MllmObjective, "the losses' weights")
     parts: MllmParts = block(MllmParts, "what is trained")
-
-    @model_validator(mode="after")
-    def _adapters_only_on_the_llm(self) -> InstructConfig:
-        _refuse_adapters(self.parts, "every part but the llm", but="llm")
-        _refuse_quantization(self.parts.llm, self.run)
-        return self
 
 
 AnyConfig = PretrainConfig | AlignConfig | InstructConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from cloc_mllm.data.files import may_be_hub_name
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.configuration_cloc import ClocConfig
 from cloc_mllm.models.image_processing_cloc import ClocImageProcessor
@@ -251,7 +252,7 @@ def encoder_kind(path: str | Path) -> str:
     Raises:
         ClocError: There is no checkpoint.
     """
-    if Path(path).is_dir() or not _may_be_hub_name(path):
+    if Path(path).is_dir() or not may_be_hub_name(path):
         return model_type_of(path)
     try:
         return str(AutoConfig.from_pretrained(path).model_type)
@@ -262,10 +263,6 @@ def encoder_kind(path: str | Path) -> str:
 def stock_options(kind: str, path: str | Path) -> EncoderModelOptions:
     """Return the options under which a CLIP or SigLIP is taken as it is: its own frame, no Prompter."""
     return EncoderModelOptions(init=f"{kind}:{path}", prompter=None)
-
-
-def _may_be_hub_name(path: str | Path) -> bool:
-    return str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
 
 
 def require_model_type(path: str | Path, model_type: str) -> None:
