@@ -1,0 +1,1 @@
+"""Ways to describe a picture in words."""

@@ -1,0 +1,1 @@
+"""Ways to find in a caption what a detector could look for."""
