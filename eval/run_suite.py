@@ -16,7 +16,8 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0 if argv else 2
     from cloc_mllm.errors import ClocError
-    from cloc_mllm.evaluation.suites import options_from_yaml, run_suite
+    from cloc_mllm.evaluation.suites.options import options_from_yaml
+    from cloc_mllm.evaluation.suites.registry import run_suite
 
     try:
         name, options = options_from_yaml(argv[0], argv[1:])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from cloc_mllm.evaluation.suites.registry import SUITES, find_suite, run_suite
+
 _EPILOG = """examples:
   cloc-mllm eval scenes --model runs/cloc/export --data data/scenes --out runs/cloc/eval
   cloc-mllm eval scenes --model runs/mllm/export --data data/scenes --limit 400 --out runs/mllm/eval
   cloc-mllm eval region --model runs/cloc/export --data data/coco --out runs/cloc/coco --method prompter
 
 suites:
-  scenes   procedural scenes: encoders by region and phrase, MLLMs by question (told apart by config.json)
-  region   encoders: recognition and retrieval of regions on any region-text data, such as converted COCO
 """
 
 
@@ -22,18 +22,26 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="score an encoder or an MLLM on a suite",
         description=__doc__,
-        epilog=_EPILOG,
+        epilog=_EPILOG + "".join(f"  {suite.name:14s} {suite.summary}\n" for suite in SUITES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", metavar="SUITE", help="which suite; see below")
     parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder of an encoder or an MLLM")
-    parser.add_argument("--data", required=True, metavar="D", help="scenes: folder of all splits; region: the data")
+    parser.add_argument("--data", metavar="D", help="scenes: folder of all splits; otherwise the suite's data")
     parser.add_argument("--split", metavar="S", help="scenes: train, validation or test (default: test)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json and report.md")
     parser.add_argument(
         "--method",
         choices=("prompter", "roi", "value", "crop"),
         help="encoders: read regions in this way only (default: the Prompter, or without one every way)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a setting of that suite alone; may be given several times",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="images, or questions of each task (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw and interval (default: %(default)s)")
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from cloc_mllm.apps.outputs import prepare_output_folder
-    from cloc_mllm.evaluation.suites import EvalOptions, find_suite, run_suite
+    from cloc_mllm.evaluation.suites.options import EvalOptions, settings_from_words
 
     find_suite(args.suite)
     options = EvalOptions(
@@ -65,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         trust_remote_code=args.trust_remote_code,
+        settings=settings_from_words(args.settings),
     )
     report = run_suite(args.suite, options, command=shlex.join(["cloc-mllm", *sys.argv[1:]]))
     for name, entry in report["metrics"].items():

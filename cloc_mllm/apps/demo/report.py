@@ -13,7 +13,7 @@ from cloc_mllm.apps.demo.files import DATA, DemoFiles
 from cloc_mllm.apps.demo.findings import findings, majority_of, percent
 from cloc_mllm.apps.demo.plan import DemoPlan
 from cloc_mllm.apps.demo.samples import collect_samples
-from cloc_mllm.evaluation.report import FRAME, aggregate_metrics, plain, versions
+from cloc_mllm.evaluation.reporting.report import FRAME, aggregate_metrics, plain, versions
 
 CONTRACT_ENCODER_METRICS = (
     "image_i2t_r1",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloc_mllm.evaluation.metrics import box_ious
+from cloc_mllm.evaluation.scoring.metrics import box_ious
 
 CHAT_IMAGES = 4
 GROUNDING_QUESTIONS = 8

@@ -48,7 +48,7 @@ def export_clip(model: str | PathLike[str], out: str | PathLike[str], part: str 
     require_type(model, "cloc", "clip", "an encoder, the export/ of a pre-training run")
     folder = empty_output_folder(out)
 
-    from cloc_mllm.evaluation.readouts import ClocEncoder
+    from cloc_mllm.evaluation.encoders.readouts import ClocEncoder
 
     encoder = ClocEncoder.from_pretrained(model, device="cpu")
     _refuse_what_is_not_clip(encoder.model, part, model)

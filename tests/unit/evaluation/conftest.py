@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cloc_mllm.data.scenes.generator import generate_scenes
-from cloc_mllm.evaluation.region_data import SceneTruth
+from cloc_mllm.evaluation.encoders.region_data import SceneTruth
 
 
 @pytest.fixture(scope="session")

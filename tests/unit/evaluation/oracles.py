@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cloc_mllm.evaluation.localizers import Located
-from cloc_mllm.evaluation.readouts import Box, EncodedImages
-from cloc_mllm.evaluation.region_data import RegionSplit
+from cloc_mllm.evaluation.encoders.localizers import Located
+from cloc_mllm.evaluation.encoders.readouts import Box, EncodedImages
+from cloc_mllm.evaluation.encoders.region_data import RegionSplit
 from cloc_mllm.models.answer_text import AnswerText
 from cloc_mllm.models.geometry import Geometry
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPModel, SiglipModel
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.readouts import ClocEncoder, build_readouts
+from cloc_mllm.evaluation.encoders.readouts import ClocEncoder, build_readouts
 from cloc_mllm.models.modeling_cloc import ClocModel, ClocVisionModel
 from cloc_mllm.models.position_embeddings import resize_positions
 from cloc_mllm.models.processing_cloc import ClocProcessor

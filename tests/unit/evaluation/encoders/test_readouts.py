@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.localizers import (
+from cloc_mllm.evaluation.encoders.localizers import (
     BoxHeadLocalizer,
     GridLocalizer,
     HeatMapLocalizer,
     build_localizers,
 )
-from cloc_mllm.evaluation.readouts import (
+from cloc_mllm.evaluation.encoders.readouts import (
     ClocEncoder,
     CropReadout,
     EncodedImages,
@@ -243,5 +243,5 @@ def test_a_grid_that_must_be_cut_into_parts_finds_the_same(monkeypatch: pytest.M
     texts = encoder.embed_texts(["ring", "no", "what is this"])
     owner = torch.tensor([0, 0, 1])
     whole = GridLocalizer(encoder, "prompter").locate(images, texts, owner).boxes
-    monkeypatch.setattr("cloc_mllm.evaluation.localizers._GRID_MEMORY", 1)
+    monkeypatch.setattr("cloc_mllm.evaluation.encoders.localizers._GRID_MEMORY", 1)
     assert GridLocalizer(encoder, "prompter").locate(images, texts, owner).boxes == pytest.approx(whole, abs=1e-3)

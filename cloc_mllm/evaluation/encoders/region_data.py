@@ -22,7 +22,7 @@ from cloc_mllm.data.readers import sample_name
 from cloc_mllm.data.scenes.language import words
 from cloc_mllm.data.schema import raise_first, region_text_problems
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.report import DatasetRef
+from cloc_mllm.evaluation.reporting.report import DatasetRef
 
 CLASS_ATTRIBUTES = ("texture", "colour", "shape")
 """What a class of scenes is made of. Size is left out: a box prompt gives it away and a crop destroys it."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from cloc_mllm import __version__
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.metrics import Metric
+from cloc_mllm.evaluation.scoring.metrics import Metric
 
 FRAME = "boxes are [x1, y1, x2, y2] in pixels of the original image"
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from scipy import stats
 
-from cloc_mllm.evaluation import metrics as m
+from cloc_mllm.evaluation.scoring import metrics as m
 
 
 def boxes(rng: np.random.Generator, n: int) -> NDArray[np.float64]:

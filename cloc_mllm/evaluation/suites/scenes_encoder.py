@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoder_measure import EncoderSettings, Measured, Metrics, all_captions, measure
-from cloc_mllm.evaluation.localizers import Localizer
-from cloc_mllm.evaluation.metrics import iou_hits, mean_box, mean_metric, pointing_hits
-from cloc_mllm.evaluation.readouts import Encoder, RegionReadout
-from cloc_mllm.evaluation.region_data import Region, RegionSplit, SceneTruth, canonical_name
+from cloc_mllm.evaluation.encoders.localizers import Localizer
+from cloc_mllm.evaluation.encoders.measure import EncoderSettings, Measured, Metrics, all_captions, measure
+from cloc_mllm.evaluation.encoders.readouts import Encoder, RegionReadout
+from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, SceneTruth, canonical_name
+from cloc_mllm.evaluation.scoring.metrics import iou_hits, mean_box, mean_metric, pointing_hits
 
 OWN_READOUT = "prompter"
 OWN_LOCALIZER = "grid_prompter"

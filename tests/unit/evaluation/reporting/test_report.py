@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.metrics import Metric, mean_metric
-from cloc_mllm.evaluation.report import (
+from cloc_mllm.evaluation.reporting.report import (
     DatasetRef,
     aggregate_metrics,
     aggregate_reports,
@@ -19,6 +18,7 @@ from cloc_mllm.evaluation.report import (
     render_markdown,
     write_report,
 )
+from cloc_mllm.evaluation.scoring.metrics import Metric, mean_metric
 
 KEYS = {"suite", "model", "dataset", "frame", "metrics", "unparsed", "versions", "seconds", "command", "details"}
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from cloc_mllm.evaluation.readouts import ClocEncoder, EncodedImages, pool_patches
+from cloc_mllm.evaluation.encoders.readouts import ClocEncoder, EncodedImages, pool_patches
 from cloc_mllm.models.geometry import Geometry
 from cloc_mllm.models.grid_search import GridSearch
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoder_measure import (
+from cloc_mllm.evaluation.encoders.measure import (
     EncoderSettings,
     Metrics,
     TextBank,
@@ -23,11 +23,26 @@ from cloc_mllm.evaluation.encoder_measure import (
     read_split,
     similarity_of,
 )
-from cloc_mllm.evaluation.metrics import class_mean_metric, mean_metric, recall_hits, same_item, top1_hits
-from cloc_mllm.evaluation.readouts import Encoder, RegionReadout
-from cloc_mllm.evaluation.region_data import Region, RegionSplit, draw
+from cloc_mllm.evaluation.encoders.readouts import ClocEncoder, Encoder, RegionReadout, build_readouts
+from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, draw, load_region_split
+from cloc_mllm.evaluation.scoring.metrics import class_mean_metric, mean_metric, recall_hits, same_item, top1_hits
+from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, batch_size_of, model_type, other_model
 
 RECALLS = (1, 5, 10)
+
+
+def run(options: EvalOptions) -> Outcome:
+    """Measure the encoder that a folder holds."""
+    if model_type(options.model) != ENCODER:
+        raise other_model(model_type(options.model), options)
+    data = load_region_split(options.data_path, split=options.split or "all", limit=options.limit, seed=options.seed)
+    encoder = ClocEncoder.from_pretrained(options.model, options.device)
+    readouts = build_readouts(encoder, [options.method] if options.method else None)
+    # The first is the headline: the Prompter's, or for CLIP the crop, which needs no read-out of patches.
+    readouts.sort(key=lambda way: way.name not in ("prompter", "crop"))
+    settings = EncoderSettings(crop_limit=None, seed=options.seed, **batch_size_of(options))
+    metrics, details = evaluate_regions(encoder, readouts, data, settings)
+    return Outcome(data.ref, metrics, details)
 
 
 def evaluate_regions(

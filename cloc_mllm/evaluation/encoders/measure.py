@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cloc_mllm.evaluation.localizers import Localizer, Located
-from cloc_mllm.evaluation.metrics import (
+from cloc_mllm.evaluation.encoders.localizers import Localizer, Located
+from cloc_mllm.evaluation.encoders.readouts import Encoder, RegionReadout
+from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, SceneTruth, canonical_name, describes, draw
+from cloc_mllm.evaluation.scoring.metrics import (
     Metric,
     box_ious,
     class_mean_metric,
@@ -20,8 +22,6 @@ from cloc_mllm.evaluation.metrics import (
     recall_hits,
     top1_hits,
 )
-from cloc_mllm.evaluation.readouts import Encoder, RegionReadout
-from cloc_mllm.evaluation.region_data import Region, RegionSplit, SceneTruth, canonical_name, describes, draw
 
 Metrics = dict[str, Metric]
 

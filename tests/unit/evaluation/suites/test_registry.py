@@ -10,15 +10,16 @@ from PIL import Image
 
 from cloc_mllm.apps.cli import main
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoder_measure import EncoderSettings
-from cloc_mllm.evaluation.region_data import load_region_split
-from cloc_mllm.evaluation.region_suite import evaluate_regions
-from cloc_mllm.evaluation.suites import SUITES, EvalOptions, model_type, options_from_yaml, run_suite
+from cloc_mllm.evaluation.encoders.measure import EncoderSettings
+from cloc_mllm.evaluation.encoders.region_data import load_region_split
+from cloc_mllm.evaluation.suites.options import EvalOptions, model_type, options_from_yaml
+from cloc_mllm.evaluation.suites.region import evaluate_regions
+from cloc_mllm.evaluation.suites.registry import SUITES, run_suite
 from tests.builders import noise_image, tiny_cloc
 from tests.builders_mllm import tiny_mllm
 from tests.unit.evaluation.oracles import TruthEncoder, TruthReadout
 
-SUITE_FILES = sorted((Path(__file__).parents[3] / "eval" / "suites").glob("*.yaml"))
+SUITE_FILES = sorted((Path(__file__).parents[4] / "eval" / "suites").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

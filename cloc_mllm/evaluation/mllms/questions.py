@@ -21,7 +21,9 @@ from tqdm import tqdm
 from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.messages import image_items
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.metrics import (
+from cloc_mllm.evaluation.encoders.region_data import draw
+from cloc_mllm.evaluation.reporting.report import DatasetRef
+from cloc_mllm.evaluation.scoring.metrics import (
     Metric,
     box_ious,
     chance_of,
@@ -33,8 +35,6 @@ from cloc_mllm.evaluation.metrics import (
     mean_metric,
     pointing_hits,
 )
-from cloc_mllm.evaluation.region_data import draw
-from cloc_mllm.evaluation.report import DatasetRef
 
 Metrics = dict[str, Metric]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoder_measure import EncoderSettings, draw_pools, measure
-from cloc_mllm.evaluation.metrics import iou_hits
-from cloc_mllm.evaluation.region_data import Region, RegionSplit, SceneTruth, canonical_name, describes, draw
-from cloc_mllm.evaluation.scenes_encoder import baselines, evaluate_encoder
+from cloc_mllm.evaluation.encoders.measure import EncoderSettings, draw_pools, measure
+from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, SceneTruth, canonical_name, describes, draw
+from cloc_mllm.evaluation.scoring.metrics import iou_hits
+from cloc_mllm.evaluation.suites.scenes_encoder import baselines, evaluate_encoder
 from tests.unit.evaluation.oracles import TruthEncoder, TruthLocalizer, TruthReadout
 
 HEADLINE = {

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.metrics import iou_hits
-from cloc_mllm.evaluation.mllm import MllmSettings, QuestionSplit, evaluate_mllm, load_questions
-from cloc_mllm.evaluation.region_data import SceneTruth
+from cloc_mllm.evaluation.encoders.region_data import SceneTruth
+from cloc_mllm.evaluation.mllms.questions import MllmSettings, QuestionSplit, evaluate_mllm, load_questions
+from cloc_mllm.evaluation.scoring.metrics import iou_hits
 from cloc_mllm.inference.predictor import Predictor
 from cloc_mllm.models.answer_text import AnswerText
 from tests.builders_mllm import tiny_mllm

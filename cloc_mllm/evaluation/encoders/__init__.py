@@ -1,0 +1,1 @@
+"""Encoders: how they are read, and what they are measured on."""

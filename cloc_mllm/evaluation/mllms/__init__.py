@@ -1,0 +1,1 @@
+"""Questions to an MLLM, and its answers."""

@@ -1,0 +1,87 @@
+"""The suites that exist, by name, and how one is run: checkpoint and data in, ``report.json`` and ``report.md`` out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.evaluation.reporting.report import build_report, write_report
+from cloc_mllm.evaluation.suites.options import EvalOptions
+
+_HERE = "cloc_mllm.evaluation.suites"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One row of the table of suites.
+
+    Attributes:
+        name: As ``cloc-mllm eval NAME`` calls it.
+        summary: One line of help.
+        module: Has ``run(options: EvalOptions) -> Outcome``; imported when the suite is the one asked for.
+    """
+
+    name: str
+    summary: str
+    module: str
+
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite("scenes", "procedural scenes: encoders by region and phrase, MLLMs by question", f"{_HERE}.scenes"),
+        Suite("region", "encoders: recognition and retrieval of regions on any region-text data", f"{_HERE}.region"),
+    )
+}
+
+
+def run_suite(name: str, options: EvalOptions, command: str | None = None) -> dict[str, Any]:
+    """Run a suite and write its report (and, for an MLLM, every answer, as ``answers.jsonl``).
+
+    Args:
+        name: The suite.
+        options: What to evaluate and on what.
+        command: What the report names as the command that repeats it; default this process's.
+
+    Returns:
+        The report.
+
+    Raises:
+        ClocError: There is no such suite, or the model or data cannot be used.
+    """
+    suite = find_suite(name)
+    started = time.monotonic()
+    outcome = importlib.import_module(suite.module).run(options)
+    report = build_report(
+        suite=name,
+        model=options.model,
+        dataset=outcome.dataset,
+        metrics=outcome.metrics,
+        seconds=time.monotonic() - started,
+        command=command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        unparsed=outcome.unparsed,
+        details=outcome.details,
+    )
+    write_report(report, options.out)
+    if outcome.answers:
+        lines = "".join(json.dumps(answer) + "\n" for answer in outcome.answers)
+        (Path(options.out) / "answers.jsonl").write_text(lines, encoding="utf-8")
+    return report
+
+
+def find_suite(name: str) -> Suite:
+    """Return a suite by name.
+
+    Raises:
+        ClocError: There is none of that name; the error lists those there are.
+    """
+    if name not in SUITES:
+        raise ClocError(f"there is no suite '{name}'", remedy=f"There are: {', '.join(SUITES)}.")
+    return SUITES[name]
