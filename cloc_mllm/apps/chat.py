@@ -16,10 +16,10 @@ from typing import Any, Protocol, TextIO
 
 from PIL import Image
 
-from cloc_mllm.apps.drawing import PALETTE, PROMPT_COLOUR, DrawnBox, draw_boxes
 from cloc_mllm.errors import ClocError
 from cloc_mllm.inference.templates import REGION, question_items
 from cloc_mllm.models.image_processing_cloc import load_image
+from cloc_mllm.pages.drawing import PALETTE, PROMPT_COLOUR, DrawnBox, draw_boxes
 
 DEFAULT_QUESTION = f"What is {REGION}?"
 HELP = """\

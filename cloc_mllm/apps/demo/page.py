@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
-from PIL import Image
 
-from cloc_mllm.apps.demo.charts import Curve, interval_bar, line_chart
 from cloc_mllm.apps.demo.findings import majority_of, percent
+from cloc_mllm.apps.demo.picture import MODEL_COLOURS
 from cloc_mllm.apps.demo.progress import format_seconds
 from cloc_mllm.apps.demo.samples import read_jsonl
-from cloc_mllm.apps.drawing import MODEL_COLOURS, PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
 from cloc_mllm.models.image_processing_cloc import load_image
+from cloc_mllm.pages.charts import Curve, interval_bar, line_chart
+from cloc_mllm.pages.drawing import PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
+from cloc_mllm.pages.page import data_uri, page_environment
 
 ENCODER_METRICS = {
     "region_top1": "class of a region: shape × colour × texture",
@@ -57,12 +55,7 @@ def write_page(report: Mapping[str, Any], out: Path, runs: Mapping[str, Path], i
     Returns:
         The path of the page.
     """
-    environment = Environment(
-        loader=PackageLoader("cloc_mllm.apps.demo", "."),
-        autoescape=select_autoescape(default_for_string=True, default=True),
-        undefined=StrictUndefined,
-        trim_blocks=False,
-    )
+    environment = page_environment("cloc_mllm.apps.demo")
     floors = {
         kind: {metric: majority_of(report["baselines"][kind], metric) for metric in metrics}
         for kind, metrics in (("encoder", ENCODER_METRICS), ("mllm", MLLM_METRICS))
@@ -119,13 +112,6 @@ def loss_charts(runs: Mapping[str, Path]) -> list[str]:
         for key, points in series.items():
             charts.setdefault((stage, key), []).append(Curve(label, points))
     return [line_chart(f"{stage}: {key}", curves) for (stage, key), curves in charts.items()]
-
-
-def data_uri(picture: Image.Image) -> str:
-    """Return a picture as the text an `<img>` takes."""
-    buffer = io.BytesIO()
-    picture.convert("RGB").quantize(256).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def chat_command(report: Mapping[str, Any], images: Path) -> str:

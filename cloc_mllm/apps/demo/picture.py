@@ -9,13 +9,22 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from cloc_mllm.apps.demo.findings import percent
-from cloc_mllm.apps.drawing import MODEL_COLOURS, PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
 from cloc_mllm.models.image_processing_cloc import load_image
+from cloc_mllm.pages.drawing import PALETTE, TRUE_COLOUR, DrawnBox, draw_boxes
 
 TILE, GAP, MARGIN = 216, 14, 24
 COLUMNS, ROWS = 4, 2
 BAR_HEIGHT, BAR_GAP, LABEL_WIDTH = 15, 4, 330
 INK, SOFT, PAGE = "#1d2329", "#5b6670", "#ffffff"
+MODEL_COLOURS = {
+    "clip": PALETTE[1],
+    "cloc": PALETTE[0],
+    "cloc_prompter": PALETTE[0],
+    "clip_captions": PALETTE[3],
+    "clip_roi": PALETTE[3],
+    "cloc_new_head": PALETTE[4],
+    "blind": PALETTE[5],
+}
 FIGURES = (
     ("encoder", "region_top1", "name a region"),
     ("encoder", "grounding_zeroshot_acc50", "find a phrase, not trained for it"),

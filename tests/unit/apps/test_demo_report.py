@@ -15,12 +15,12 @@ from cloc_mllm.apps.demo.files import DATA, DemoFiles
 from cloc_mllm.apps.demo.findings import difference, findings
 from cloc_mllm.apps.demo.markdown import write_markdown
 from cloc_mllm.apps.demo.page import write_page
-from cloc_mllm.apps.demo.picture import write_picture
+from cloc_mllm.apps.demo.picture import MODEL_COLOURS, write_picture
 from cloc_mllm.apps.demo.plan import PRESETS, make_plan, with_language_model
 from cloc_mllm.apps.demo.report import build_report, targets, write_report
 from cloc_mllm.apps.demo.runner import build_stages, open_demo_folder
-from cloc_mllm.apps.drawing import MODEL_COLOURS, TRUE_COLOUR
 from cloc_mllm.errors import ClocError
+from cloc_mllm.pages.drawing import TRUE_COLOUR
 from cloc_mllm.training.running.launch import programs_folder
 
 ENCODER = {

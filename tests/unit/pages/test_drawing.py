@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cloc_mllm.apps.drawing import DrawnBox, draw_boxes
+from cloc_mllm.pages.drawing import DrawnBox, draw_boxes
 
 
 def _colour_bounds(picture: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:

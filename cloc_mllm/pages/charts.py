@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cloc_mllm.apps.drawing import PALETTE
+from cloc_mllm.pages.drawing import PALETTE
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 34

@@ -1,4 +1,4 @@
-"""Draws boxes with labels on a picture: for `chat --draw` and the demo's report."""
+"""Draws boxes with labels on a picture: for `chat --draw` and all reports."""
 
 from __future__ import annotations
 
@@ -13,15 +13,6 @@ TRUE_COLOUR = "#009E73"
 PREDICTED_COLOUR = "#D55E00"
 PROMPT_COLOUR = "#0072B2"
 RIM_COLOUR, RIM = "#101418", 1
-MODEL_COLOURS = {
-    "clip": PALETTE[1],
-    "cloc": PALETTE[0],
-    "cloc_prompter": PALETTE[0],
-    "clip_captions": PALETTE[3],
-    "clip_roi": PALETTE[3],
-    "cloc_new_head": PALETTE[4],
-    "blind": PALETTE[5],
-}
 SMALLEST_SIDE = 480
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloc_mllm.apps.demo.charts import HEIGHT, WIDTH, Curve, interval_bar, line_chart, nice_ticks
+from cloc_mllm.pages.charts import HEIGHT, WIDTH, Curve, interval_bar, line_chart, nice_ticks
 
 _numbers = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
