@@ -149,6 +149,20 @@ def image_items(messages: Sequence[Message]) -> list[Any]:
     return [item["image"] for item in _items(messages) if item.get("type") == "image" and "image" in item]
 
 
+def turn_text(message: Message) -> str:
+    """The words of a turn, with `<region>` where a region stands; images leave no trace."""
+    shown = {"image": "", "region": "<region>"}
+    content = message["content"]
+    if isinstance(content, str):
+        return content.strip()
+    return "".join(shown.get(item["type"], item.get("text", "")) for item in content).strip()
+
+
+def region_boxes(message: Message) -> list[Any]:
+    """The boxes of a turn's regions, in order; regions given otherwise (points, masks) are left out."""
+    return [item["box"] for item in _items([message]) if item.get("type") == "region" and "box" in item]
+
+
 def with_mask_paths(messages: Any, folder: Path | None) -> Any:
     """A copy of messages in which the paths of masks start at `folder`, as those of images do.
 

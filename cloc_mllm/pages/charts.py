@@ -1,4 +1,4 @@
-"""Line charts and interval plots as inline SVG: no plotting library, no script, readable in light and dark pages."""
+"""Charts as inline SVG: no plotting library, no script, readable in light and dark pages."""
 
 from __future__ import annotations
 
@@ -97,6 +97,44 @@ def interval_bar(value: float, low: float, high: float, colour: str, floor: floa
     return "".join([*parts, "</svg>"])
 
 
+def difference_chart(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Draw differences with their intervals around a line at zero, one row each.
+
+    Args:
+        title: Above the chart.
+        rows: Name, difference, lower and upper end of its interval; all in the same unit.
+
+    Returns:
+        An `<svg>` element; an empty string without rows.
+    """
+    if not rows:
+        return ""
+    step, left = 20, 170
+    height = TOP + step * len(rows) + BOTTOM
+    ends = [value for row in rows for value in row[1:]]
+    ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends))
+    low, high = ticks[0], ticks[-1]
+
+    def across(value: float) -> float:
+        return round(left + (value - low) / (high - low) * (WIDTH - left - RIGHT), 1)
+
+    parts = [_open(title, height)]
+    for tick in ticks:
+        x = across(tick)
+        parts.append(f'<line class="grid" x1="{x}" y1="{TOP}" x2="{x}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{height - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
+    zero = across(0.0)
+    parts.append(f'<line class="floor" x1="{zero}" y1="{TOP}" x2="{zero}" y2="{height - BOTTOM}"/>')
+    for number, (name, value, lower, upper) in enumerate(rows):
+        y = TOP + step * number + step // 2
+        colour = PALETTE[2] if lower > 0 else PALETTE[0] if upper < 0 else "#8a949e"
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        span = f'x1="{across(lower)}" y1="{y}" x2="{across(upper)}" y2="{y}"'
+        parts.append(f'<line {span} stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<circle cx="{across(value)}" cy="{y}" r="4.5" fill="{colour}"/>')
+    return "".join([*parts, "</svg>"])
+
+
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round numbers that start at or below `low` and end at or above `high`.
 
@@ -113,9 +151,9 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def _open(title: str) -> str:
+def _open(title: str, height: int = HEIGHT) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f'<text class="title" x="{LEFT}" y="15">{escape(title)}</text>'
     )
 

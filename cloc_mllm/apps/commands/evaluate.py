@@ -1,35 +1,52 @@
-"""`cloc-mllm eval`: score a checkpoint on a suite and write `report.json` and `report.md`."""
+"""`cloc-mllm eval`: score a checkpoint on a suite, compare two reports, lay reports out beside the paper's tables."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from cloc_mllm.evaluation.suites.registry import SUITES, find_suite, run_suite
+from cloc_mllm.evaluation.suites.registry import SUITES, run_suite
 
 _EPILOG = """examples:
   cloc-mllm eval scenes --model runs/cloc/export --data data/scenes --out runs/cloc/eval
   cloc-mllm eval scenes --model runs/mllm/export --data data/scenes --limit 400 --out runs/mllm/eval
   cloc-mllm eval region --model runs/cloc/export --data data/coco --out runs/cloc/coco --method prompter
-
-suites:
+  cloc-mllm eval compare runs/clip/eval runs/cloc/eval --out runs/compared
 """
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `eval` to the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = subparsers.add_parser(
-        "eval",
-        help="score an encoder or an MLLM on a suite",
-        description=__doc__,
-        epilog=_EPILOG + "".join(f"  {suite.name:14s} {suite.summary}\n" for suite in SUITES.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "eval", help="score an encoder or an MLLM on a suite", description=__doc__, epilog=_EPILOG, formatter_class=raw
     )
-    parser.add_argument("suite", metavar="SUITE", help="which suite; see below")
+    suites = parser.add_subparsers(dest="suite", metavar="SUITE", required=True)
+    for suite in SUITES.values():
+        _add_options(
+            suites.add_parser(
+                suite.name, help=suite.summary, description=suite.summary, epilog=_EPILOG, formatter_class=raw
+            )
+        )
+    compare = suites.add_parser(
+        "compare",
+        help="two reports of one suite side by side: differences, their significance, answers that differ",
+        epilog="example:\n  cloc-mllm eval compare runs/clip/eval runs/cloc/eval --out runs/compared",
+        formatter_class=raw,
+    )
+    compare.add_argument("first", metavar="A", help="folder of a report")
+    compare.add_argument("second", metavar="B", help="folder of a report of the same suite on the same data")
+    compare.add_argument("--out", required=True, metavar="DIR", help="folder for comparison.json, .md and .html")
+    compare.add_argument("--seed", type=int, default=0, help="of every interval and test (default: %(default)s)")
+    compare.set_defaults(run=run_compare)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what all suites take."""
     parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder of an encoder or an MLLM")
     parser.add_argument("--data", metavar="D", help="scenes: folder of all splits; otherwise the suite's data")
     parser.add_argument("--split", metavar="S", help="scenes: train, validation or test (default: test)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json and report.md")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json, .md and .html")
     parser.add_argument(
         "--method",
         choices=("prompter", "roi", "value", "crop"),
@@ -60,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
     from cloc_mllm.apps.outputs import prepare_output_folder
     from cloc_mllm.evaluation.suites.options import EvalOptions, settings_from_words
 
-    find_suite(args.suite)
     options = EvalOptions(
         model=args.model,
         data=args.data,
@@ -81,4 +97,21 @@ def run(args: argparse.Namespace) -> int:
             low, high = (f"{100 * end:.1f}" for end in entry["ci95"])
             print(f"{name:28s} {100 * entry['value']:6.1f}   [{low}, {high}]   n={entry['n']}")
     print(f"{options.out}/report.md")
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Compare two reports and print the differences."""
+    from cloc_mllm.apps.outputs import prepare_output_folder
+    from cloc_mllm.evaluation.reporting.compare import compare_reports
+
+    found = compare_reports(args.first, args.second, prepare_output_folder(args.out), seed=args.seed)
+    for name, row in found["metrics"].items():
+        if "difference" in row:
+            entry = row["difference"]
+            low, high = (f"{100 * end:+.1f}" for end in entry["ci95"])
+            print(f"{name:28s} {100 * entry['value']:+6.1f}   [{low}, {high}]   p={entry['p_value']:.4f}")
+        else:
+            print(f"{name:28s}      –   {row['why_not']}")
+    print(f"{args.out}/comparison.html")
     return 0

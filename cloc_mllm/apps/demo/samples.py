@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cloc_mllm.data.messages import turn_text
 from cloc_mllm.evaluation.scoring.metrics import box_ious
 
 CHAT_IMAGES = 4
@@ -45,7 +46,7 @@ def collect_samples(split: Path, evaluations: Mapping[str, Path]) -> list[dict[s
             "id": question["id"],
             "image": question["image"],
             "task": question["task"],
-            "question": question_text(question),
+            "question": turn_text(question["messages"][-1]),
             "truth": question["answer"],
             "box": question.get("box"),
             "boxes_in": question.get("boxes_in", []),
@@ -64,13 +65,6 @@ def choose_questions(questions: Sequence[Mapping[str, Any]]) -> list[Mapping[str
     images = list(dict.fromkeys(question["image"] for question in questions))[:CHAT_IMAGES]
     grounding = [question["id"] for question in questions if question["task"] == "grounding"][:GROUNDING_QUESTIONS]
     return [question for question in questions if question["image"] in images or question["id"] in grounding]
-
-
-def question_text(question: Mapping[str, Any]) -> str:
-    """Return a question's text, with `<region>` where a box stands."""
-    shown = {"image": "", "region": "<region>"}
-    content = question["messages"][-1]["content"]
-    return "".join(shown.get(item["type"], item.get("text", "")) for item in content).strip()
 
 
 def _answer(row: Mapping[str, Any], true_box: Sequence[float] | None) -> dict[str, Any]:

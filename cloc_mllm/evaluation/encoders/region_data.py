@@ -112,7 +112,7 @@ def load_region_split(
         for region, unique in zip(sample["regions"], unique_regions(sample["regions"]), strict=True):
             box = tuple(float(value) for value in region["box"])
             regions.append(Region(number, box, region["text"], unique, dict(region.get("attributes") or {})))  # type: ignore[arg-type]
-    ref = DatasetRef(name or Path(path).resolve().name, split, len(rows), len(dataset), seed)
+    ref = DatasetRef(name or Path(path).resolve().name, split, len(rows), len(dataset), seed, path=str(path))
     return RegionSplit(ref, ids, captions, sizes, regions, dataset, rows)
 
 

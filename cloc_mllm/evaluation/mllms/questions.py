@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cloc_mllm.data.dataset import ConversationDataset
-from cloc_mllm.data.messages import image_items
+from cloc_mllm.data.messages import Message, image_items, region_boxes, turn_text
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import draw
 from cloc_mllm.evaluation.reporting.report import DatasetRef
@@ -151,7 +151,9 @@ def load_questions(
     for task in TASKS:
         mine = [question for question in every if question.task == task]
         chosen += [mine[k] for k in draw(len(mine), limit, seed)]
-    return QuestionSplit(DatasetRef(name, split, len(chosen), len(every), seed, "questions"), chosen, dataset)
+    return QuestionSplit(
+        DatasetRef(name, split, len(chosen), len(every), seed, "questions", str(file)), chosen, dataset
+    )
 
 
 def _question(dataset: ConversationDataset, row: int) -> Question:
@@ -200,7 +202,11 @@ def evaluate_mllm(
         "baselines": baselines(split, known, settings.seed),
     }
     unparsed = sum(not answer.boxes for answer in given) / len(given) if given else 0.0
-    return metrics, unparsed, details, [_record(question, answers[question.row]) for question in split.questions]
+    records = [
+        _record(question, answers[question.row], split.dataset.source[question.row]["messages"][-1])
+        for question in split.questions
+    ]
+    return metrics, unparsed, details, records
 
 
 def ask(predictor: Answerer, split: QuestionSplit, settings: MllmSettings) -> dict[int, Answered]:
@@ -262,11 +268,23 @@ def _box_metrics(questions: Sequence[Question], answers: Sequence[Answered], see
     }
 
 
-def _record(question: Question, answer: Answered) -> dict[str, Any]:
+def _record(question: Question, answer: Answered, asked: Message) -> dict[str, Any]:
     right = bool(hits_of([question], [answer])[0])
-    record = {"id": question.id, "task": question.task, "truth": question.answer, "answer": answer.text, "right": right}
+    record = {
+        "id": question.id,
+        "row": question.row,
+        "task": question.task,
+        "kind": question.kind,
+        "question": turn_text(asked),
+        "boxes_in": region_boxes(asked),
+        "truth": question.answer,
+        "answer": answer.text,
+        "right": right,
+    }
     if question.task == "grounding":
-        record |= {"box": question.box, "boxes": [item["box"] for item in answer.boxes]}
+        guess = [item["box"] for item in answer.boxes]
+        iou = float(box_ious(guess[:1] or [None], _boxes([question]))[0])
+        record |= {"box": question.box, "boxes": guess, "score": 1.0 if right else round(iou, 4)}
     return record | ({"unparsed": list(answer.unparsed)} if answer.unparsed else {})
 
 

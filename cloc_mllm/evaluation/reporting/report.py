@@ -37,6 +37,7 @@ class DatasetRef:
         total: How many samples the split has.
         seed: Of the draw, where n < total.
         unit: What a sample is.
+        path: Where the samples were read, if they can be opened again for their pictures.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DatasetRef:
     total: int
     seed: int = 0
     unit: str = "images"
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.total:
@@ -61,7 +63,14 @@ class DatasetRef:
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the report's ``dataset`` entry; ``split`` is :attr:`label`."""
-        return {"name": self.name, "split": self.label, "n": self.n, "of": self.total, "unit": self.unit}
+        found: dict[str, str | int] = {
+            "name": self.name,
+            "split": self.label,
+            "n": self.n,
+            "of": self.total,
+            "unit": self.unit,
+        }
+        return found if self.path is None else {**found, "path": self.path}
 
 
 def versions() -> dict[str, str]:

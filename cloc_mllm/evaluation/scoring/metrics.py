@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,21 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 
 @dataclass(frozen=True)
+class Items:
+    """What a metric averages, so that two models can be compared item by item.
+
+    Attributes:
+        scores: (N,) hits or scores.
+        images: (N,) what each item was seen in.
+        classes: (N,) for a mean over classes, the class of each item; else None.
+    """
+
+    scores: NDArray[np.float64]
+    images: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Metric:
     """One reported number.
 
@@ -37,11 +52,13 @@ class Metric:
         value: The point estimate, in [0, 1] for every metric of this module.
         ci95: Lower and upper end of the 95 % interval.
         n: The number of items (not of images) that the value averages over.
+        items: The items themselves, where the value is a mean over them.
     """
 
     value: float
     ci95: tuple[float, float]
     n: int
+    items: Items | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float | int | list[float | None] | None]:
         """Return the form that ``report.json`` holds: six decimals, and None for NaN, which JSON does not have."""
@@ -240,8 +257,7 @@ def mean_metric(hits: ArrayLike, images: Sequence[Hashable], *, seed: int = 0) -
     Returns:
         The metric; with no item at all its value and interval are NaN and n is 0.
     """
-    scores = np.asarray(hits, dtype=np.float64)
-    return _ratio_metric(scores, np.zeros(len(scores), dtype=np.int64), images, seed)
+    return _ratio_metric(Items(np.asarray(hits, dtype=np.float64), tuple(map(str, images))), seed)
 
 
 def class_mean_metric(
@@ -251,39 +267,52 @@ def class_mean_metric(
 
     A class that a resample happens to miss is left out of that resample's mean, as absent classes are of the value.
     """
-    if len(classes) == 0:
-        return _ratio_metric(np.zeros(0), np.zeros(0, dtype=np.int64), images, seed)
-    index = {name: number for number, name in enumerate(dict.fromkeys(classes))}
-    codes = np.array([index[name] for name in classes], dtype=np.int64)
-    return _ratio_metric(np.asarray(hits, dtype=np.float64), codes, images, seed)
+    scores = np.asarray(hits, dtype=np.float64)
+    return _ratio_metric(Items(scores, tuple(map(str, images)), tuple(map(str, classes))), seed)
 
 
-def _ratio_metric(
-    scores: NDArray[np.float64], classes: NDArray[np.int64], images: Sequence[Hashable], seed: int
-) -> Metric:
-    """Mean over classes of (sum of scores / count), bootstrapped over images; one class makes it the plain mean."""
-    if not len(scores) == len(classes) == len(images):
-        raise ValueError(f"{len(scores)} scores, {len(classes)} classes and {len(images)} image ids must be as many")
-    if len(scores) == 0:
-        return Metric(math.nan, (math.nan, math.nan), 0)
-    index = {image: number for number, image in enumerate(dict.fromkeys(images))}
-    rows = np.array([index[image] for image in images], dtype=np.int64)
-    shape = (len(index), int(classes.max()) + 1)
-    total, count = np.zeros(shape), np.zeros(shape)
-    np.add.at(total, (rows, classes), scores)
-    np.add.at(count, (rows, classes), 1.0)
+def _ratio_metric(items: Items, seed: int) -> Metric:
+    """Mean over classes of (sum of scores / count), bootstrapped over images; without classes the plain mean."""
+    if len(items.scores) == 0 and not items.images:
+        return Metric(math.nan, (math.nan, math.nan), 0, items)
+    total, count = sums_by_image(items)
     value = float((total.sum(axis=0) / count.sum(axis=0)).mean())
-    means = []
-    for weights in _resample_weights(len(index), seed):
-        sums, counts = weights @ total, weights @ count
-        ratios = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-        means.append(np.nanmean(ratios, axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Metric(value, (float(low), float(high)), len(scores))
+    means = np.concatenate([class_means(weights @ total, weights @ count) for weights in resamples(len(total), seed)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Metric(value, (float(low), float(high)), len(items.scores), items)
 
 
-def _resample_weights(clusters: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Yield blocks (b, clusters): how often each cluster was drawn in each resample. In blocks, to bound the memory."""
+def sums_by_image(items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sum of the scores and the number of items, by image and class: ``(images, classes)`` each.
+
+    Raises:
+        ValueError: There are not as many scores as images and classes.
+    """
+    classes = items.classes if items.classes is not None else ("",) * len(items.scores)
+    if not len(items.scores) == len(classes) == len(items.images):
+        lengths = f"{len(items.scores)} scores, {len(classes)} classes and {len(items.images)} image ids"
+        raise ValueError(f"{lengths} must be as many")
+    rows, columns = _codes(items.images), _codes(classes)
+    total, count = np.zeros((2, int(rows.max()) + 1, int(columns.max()) + 1))
+    np.add.at(total, (rows, columns), items.scores)
+    np.add.at(count, (rows, columns), 1.0)
+    return total, count
+
+
+def class_means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over classes of sum / count, ``(B, classes)`` to ``(B,)``; a class without items is left out."""
+    ratios = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    means: NDArray[np.float64] = np.nanmean(ratios, axis=1)
+    return means
+
+
+def _codes(names: Sequence[str]) -> NDArray[np.int64]:
+    index = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([index[name] for name in names], dtype=np.int64)
+
+
+def resamples(clusters: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each cluster is drawn in each resample, in blocks ``(b, clusters)`` to bound the memory."""
     rng = np.random.default_rng(seed)
     block = 100
     offset = np.arange(block)[:, None] * clusters

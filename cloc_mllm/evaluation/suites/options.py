@@ -89,6 +89,11 @@ class Outcome:
     answers: Sequence[Mapping[str, Any]] = ()
 
 
+@dataclass(frozen=True)
+class NoSettings:
+    """For suites that know no settings of their own."""
+
+
 def settings_of(kind: type[Settings], options: EvalOptions) -> Settings:
     """Read what only one suite knows into that suite's own dataclass.
 

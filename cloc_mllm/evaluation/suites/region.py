@@ -26,13 +26,23 @@ from cloc_mllm.evaluation.encoders.measure import (
 from cloc_mllm.evaluation.encoders.readouts import ClocEncoder, Encoder, RegionReadout, build_readouts
 from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, draw, load_region_split
 from cloc_mllm.evaluation.scoring.metrics import class_mean_metric, mean_metric, recall_hits, same_item, top1_hits
-from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, batch_size_of, model_type, other_model
+from cloc_mllm.evaluation.suites.options import (
+    ENCODER,
+    EvalOptions,
+    NoSettings,
+    Outcome,
+    batch_size_of,
+    model_type,
+    other_model,
+    settings_of,
+)
 
 RECALLS = (1, 5, 10)
 
 
 def run(options: EvalOptions) -> Outcome:
     """Measure the encoder that a folder holds."""
+    settings_of(NoSettings, options)
     if model_type(options.model) != ENCODER:
         raise other_model(model_type(options.model), options)
     data = load_region_split(options.data_path, split=options.split or "all", limit=options.limit, seed=options.seed)

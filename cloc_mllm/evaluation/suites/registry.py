@@ -13,6 +13,7 @@ from typing import Any
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.report import build_report, write_report
+from cloc_mllm.evaluation.reporting.scores import write_scores
 from cloc_mllm.evaluation.suites.options import EvalOptions
 
 _HERE = "cloc_mllm.evaluation.suites"
@@ -43,7 +44,7 @@ SUITES: dict[str, Suite] = {
 
 
 def run_suite(name: str, options: EvalOptions, command: str | None = None) -> dict[str, Any]:
-    """Run a suite and write its report (and, for an MLLM, every answer, as ``answers.jsonl``).
+    """Run a suite and write its report: ``report.json``, ``.md``, ``.html``, ``scores.npz`` and ``answers.jsonl``.
 
     Args:
         name: The suite.
@@ -56,6 +57,10 @@ def run_suite(name: str, options: EvalOptions, command: str | None = None) -> di
     Raises:
         ClocError: There is no such suite, or the model or data cannot be used.
     """
+    # It decodes pictures, and so imports torch: not for the sake of --help.
+    from cloc_mllm.evaluation.reporting.gallery import ANSWERS_FILE
+    from cloc_mllm.evaluation.reporting.html import write_html
+
     suite = find_suite(name)
     started = time.monotonic()
     outcome = importlib.import_module(suite.module).run(options)
@@ -70,9 +75,11 @@ def run_suite(name: str, options: EvalOptions, command: str | None = None) -> di
         details=outcome.details,
     )
     write_report(report, options.out)
+    write_scores(outcome.metrics, options.out)
     if outcome.answers:
         lines = "".join(json.dumps(answer) + "\n" for answer in outcome.answers)
-        (Path(options.out) / "answers.jsonl").write_text(lines, encoding="utf-8")
+        (Path(options.out) / ANSWERS_FILE).write_text(lines, encoding="utf-8")
+    write_html(report, options.out, outcome.answers)
     return report
 
 

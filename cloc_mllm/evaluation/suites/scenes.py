@@ -12,10 +12,12 @@ from cloc_mllm.evaluation.suites.options import (
     ENCODER,
     MLLM,
     EvalOptions,
+    NoSettings,
     Outcome,
     batch_size_of,
     model_type,
     other_model,
+    settings_of,
 )
 from cloc_mllm.evaluation.suites.scenes_encoder import evaluate_encoder
 from cloc_mllm.inference.predictor import Predictor
@@ -26,6 +28,7 @@ _KNOWN_QUESTIONS = 1000
 
 def run(options: EvalOptions) -> Outcome:
     """Measure the encoder or MLLM that a folder holds."""
+    settings_of(NoSettings, options)
     kind = model_type(options.model)
     if kind == ENCODER:
         return _scenes_encoder(options)

@@ -62,7 +62,9 @@ def test_scenes_suite_measures_an_encoder(
         "n": 12,
         "of": 40,
         "unit": "images",
+        "path": str(scenes_folder / "test"),
     }
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "scores.npz"}
     assert ("grounding_acc50" in report["metrics"]) == (kind == "cloc")
     assert {"region_top1", "pointing_acc", "grounding_zeroshot_acc50"} <= set(report["metrics"])
     assert report["details"]["choices"]["made_on"] == ("nothing to choose" if kind == "cloc" else "validation")
@@ -175,7 +177,13 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
     cloc, mllm = checkpoints["cloc"], checkpoints["mllm"]
-    assert "there is no suite 'imagenet'. There are: scenes, region." in complaint("imagenet", cloc, scenes_folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "imagenet", "--model", str(cloc), "--out", str(tmp_path / "out")])
+    assert "invalid choice: 'imagenet' (choose from 'scenes', 'region'" in capsys.readouterr().err
+    with pytest.raises(ClocError, match="there is no suite 'imagenet'"):
+        run_suite("imagenet", EvalOptions(str(cloc), None, str(tmp_path / "out")))
+    assert "knows: none" in complaint("scenes", cloc, scenes_folder, "--set", "box=norm1")
+    assert "not of the form key=value" in complaint("scenes", cloc, scenes_folder, "--set", "box")
     assert f"Did you mean {tmp_path / 'run' / 'export'}?" in complaint("scenes", tmp_path / "run", scenes_folder)
     assert "does not say its model_type" in complaint("scenes", tmp_path / "run" / "export", scenes_folder)
     assert "holds a 'bert' model" in complaint("scenes", tmp_path / "other", scenes_folder)
