@@ -39,6 +39,15 @@ def add_parser(subparsers: Any) -> None:
     compare.add_argument("--out", required=True, metavar="DIR", help="folder for comparison.json, .md and .html")
     compare.add_argument("--seed", type=int, default=0, help="of every interval and test (default: %(default)s)")
     compare.set_defaults(run=run_compare)
+    paper = suites.add_parser(
+        "paper",
+        help="the paper's five tables, its figures beside those of your reports",
+        epilog="example:\n  cloc-mllm eval paper runs/cloc runs/clip --out runs/paper",
+        formatter_class=raw,
+    )
+    paper.add_argument("reports", nargs="*", metavar="DIR", help="folders with reports of suites, at any depth")
+    paper.add_argument("--out", required=True, metavar="DIR", help="folder for paper.md, .html and .json")
+    paper.set_defaults(run=run_paper)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -114,4 +123,16 @@ def run_compare(args: argparse.Namespace) -> int:
         else:
             print(f"{name:28s}      –   {row['why_not']}")
     print(f"{args.out}/comparison.html")
+    return 0
+
+
+def run_paper(args: argparse.Namespace) -> int:
+    """Lay reports out beside the paper's tables."""
+    from cloc_mllm.apps.outputs import prepare_output_folder
+    from cloc_mllm.evaluation.reporting.paper import write_paper
+
+    for table in write_paper(args.reports, prepare_output_folder(args.out)):
+        filled = sum(cell != "–" for row in table["rows"] if row["ours"] for cell in row["cells"])
+        print(f"{table['title']}: {filled} cells of ours")
+    print(f"{args.out}/paper.md")
     return 0
