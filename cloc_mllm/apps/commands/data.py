@@ -101,7 +101,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from cloc_mllm.data.check import check_data, draw_sheet
+    from cloc_mllm.data.inspection.check import check_data
+    from cloc_mllm.data.inspection.sheet import draw_sheet
 
     report = check_data(args.path)
     if args.json:
