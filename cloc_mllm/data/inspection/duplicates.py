@@ -1,9 +1,9 @@
 """Pairs of 64-bit hashes that differ in few bits, found without comparing all with all; and groups of what is alike.
 
 Two hashes that differ in at most d bits agree in at least one of any d + 1 groups of bits. So for each group of bits
-the hashes are sorted by it and only those that agree there are compared. Exact for every distance; hashes evenly spread
-take n²(d + 1) / 2^(64 / (d + 1)) comparisons, for d = 4 less than a thousandth of all pairs, for d = 9 an eighth: beyond
-`LARGEST_DISTANCE` nothing would be saved, and what is found would not be alike.
+the hashes are sorted by it and only those that agree there are compared. Exact for every distance; hashes evenly
+spread take n²(d + 1) / 2^(64 / (d + 1)) comparisons, for d = 4 less than a thousandth of all pairs, for d = 9 an
+eighth: beyond `LARGEST_DISTANCE` nothing would be saved, and what is found would not be alike.
 """
 
 from __future__ import annotations

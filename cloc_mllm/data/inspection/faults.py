@@ -114,12 +114,12 @@ def sample_problems(
     return problems_of(view, [sizes(image, folder) for image in view.images])
 
 
-def problems_of(view: SampleView, looked_up: Sequence[Size | Problem]) -> list[Problem]:
+def problems_of(view: SampleView, looked_up: Sequence[Size | Problem | None]) -> list[Problem]:
     """All that is wrong with one sample.
 
     Args:
         view: The sample.
-        looked_up: For each of its images the size, or what is wrong with it.
+        looked_up: For each of its images the size, or what is wrong with it, or None if that is not known.
     """
     found = [*view.problems, *(size for size in looked_up if isinstance(size, Problem))]
     known = [None if isinstance(size, Problem) else size for size in looked_up]

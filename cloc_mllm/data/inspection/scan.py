@@ -8,6 +8,7 @@ same for any number of processes. Pictures inside a shard are decoded as their s
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -127,9 +128,13 @@ class SampleFiles:
         """Number, over the whole set, of a file's first sample."""
         return self._starts[file]
 
+    def file_of(self, number: int) -> int:
+        """The number of the file that holds the sample of a number over the whole set."""
+        return bisect_right(self._starts, number) - 1
+
     def find(self, number: int) -> tuple[SampleSource, int]:
         """Source and place in it of the sample of a number over the whole set."""
-        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        file = self.file_of(number)
         return self._sources[file], number - self._starts[file]
 
     def read(self, number: int) -> tuple[Sample, Path | None]:

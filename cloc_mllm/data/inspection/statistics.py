@@ -17,7 +17,7 @@ from cloc_mllm.data.inspection.duplicates import equal_groups, near_groups, requ
 from cloc_mllm.data.inspection.faults import SampleView
 from cloc_mllm.data.inspection.pictures import PictureTable
 from cloc_mllm.data.inspection.scan import Scan, ScanOptions, scan
-from cloc_mllm.data.inspection.tally import ASPECT_EDGES, SHARE_EDGES, Notice, Place, Tally, TallyOptions
+from cloc_mllm.data.inspection.tally import ASPECT_EDGES, EXAMPLES, SHARE_EDGES, Notice, Tally, TallyOptions
 from cloc_mllm.data.inspection.texts import (
     GROUPS,
     TextTally,
@@ -107,7 +107,7 @@ def inspect_data(
 
 
 def fault_kinds(faults: Sequence[ClocError]) -> list[dict[str, Any]]:
-    """Faults of the same kind counted together, most frequent first: names and numbers set apart, they read the same."""
+    """Faults that read the same but for names and numbers, counted together, most frequent first."""
     counts: Counter[str] = Counter()
     first: dict[str, ClocError] = {}
     for fault in faults:
@@ -141,35 +141,35 @@ def notices_of(notices: dict[str, Notice]) -> list[dict[str, Any]]:
 
 
 def _notice_ids(found: Scan, tally: Tally) -> None:
-    """Notice ids that several samples of one kind have, in whatever file, and pictures of several region-text samples."""
+    """Notice ids that several samples of a kind have; and where all are region-text samples, pictures of several."""
     ids = np.array(tally.ids, np.uint64).reshape(-1, 2)
     samples = np.array(tally.id_samples, np.int64)
     for group in equal_groups(ids):
-        first = found.files.place(int(samples[group[0]]))
-        for k in group[1:]:
-            place = found.files.place(int(samples[k])) if _wants_example(tally, _SAME_ID) else first
-            tally.notice(_SAME_ID, place, f"first: {_named(first)}")
+        numbers = samples[group]
+        files = [found.files.file_of(int(number)) for number in numbers]
+        for k in range(1, len(numbers)):
+            kind = _SAME_ID if files[k] in files[:k] else _SAME_ID_ELSEWHERE
+            _notice_pair(found, tally, kind, int(numbers[k]), int(numbers[0]))
     if set(tally.kinds) == {"region-text"}:
-        order = np.argsort(found.uses[:, 1], kind="stable")
-        uses = found.uses[order]
-        for k in np.flatnonzero(uses[1:, 1] == uses[:-1, 1]):
-            known = _wants_example(tally, _SAME_PICTURE)
-            place = found.files.place(int(uses[k + 1, 0])) if known else Place(-1, None, "")
-            first = found.files.place(int(uses[k, 0])) if known else place
-            tally.notice(_SAME_PICTURE, place, f"before: {_named(first)}")
+        uses = found.uses[np.argsort(found.uses[:, 1], kind="stable")]
+        for k in np.flatnonzero(uses[1:, 1] == uses[:-1, 1]).tolist():
+            _notice_pair(found, tally, _SAME_PICTURE, int(uses[k + 1, 0]), int(uses[k, 0]))
 
 
-_SAME_ID = "an id that another sample of the same kind has"
+def _notice_pair(found: Scan, tally: Tally, kind: str, number: int, earlier: int) -> None:
+    """Notice a sample because of an earlier one; what both are called is looked up only where it is shown."""
+    notice = tally.notices.setdefault(kind, Notice())
+    if notice.count < EXAMPLES:
+        before = found.files.place(earlier)
+        shown = f"{before.file}: sample '{before.name}'" if before.file else f"sample '{before.name}'"
+        notice.add(found.files.place(number), f"as {shown}")
+    else:
+        notice.count += 1
+
+
+_SAME_ID = "an id that another sample of its file has"
+_SAME_ID_ELSEWHERE = "an id that a sample of the same kind in another file has"
 _SAME_PICTURE = "a picture that another sample names"
-
-
-def _wants_example(tally: Tally, kind: str) -> bool:
-    """Whether the next notice of a kind is shown: looking up what a sample is called takes a read."""
-    return kind not in tally.notices or tally.notices[kind].count < 20
-
-
-def _named(place: Place) -> str:
-    return f"{place.file}: sample '{place.name}'" if place.file else f"sample '{place.name}'"
 
 
 def _by_number(counts: Counter[str]) -> dict[str, int]:

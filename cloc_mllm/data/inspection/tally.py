@@ -20,7 +20,9 @@ SMALL, MEDIUM = 32**2, 96**2
 """COCO's limits between small, medium and large, in square pixels (pycocotools, `Params.areaRng`)."""
 SHARE_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.95)
 ASPECT_EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_EXAMPLES = 20
+EXAMPLES = 20
+"""Examples kept of each notice."""
+
 _SCORE_BINS = 20
 
 
@@ -43,13 +45,13 @@ class Notice:
     def add(self, place: Place, detail: str = "") -> None:
         """Count one."""
         self.count += 1
-        if len(self.examples) < _EXAMPLES:
+        if len(self.examples) < EXAMPLES:
             self.examples.append((place.file, place.name, detail))
 
     def merge(self, other: Notice) -> None:
         """Add those of another part of the set, which comes after this one."""
         self.count += other.count
-        self.examples += other.examples[: _EXAMPLES - len(self.examples)]
+        self.examples += other.examples[: EXAMPLES - len(self.examples)]
 
 
 @dataclass(frozen=True)
