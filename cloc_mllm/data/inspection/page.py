@@ -17,13 +17,13 @@ from cloc_mllm.data.inspection.charts import bar_chart, binned
 from cloc_mllm.data.inspection.faults import SampleView
 from cloc_mllm.data.inspection.leaks import LeakReport
 from cloc_mllm.data.inspection.scan import SampleFiles
-from cloc_mllm.data.inspection.sheet import Pen, draw_sample, open_first
+from cloc_mllm.data.inspection.sheet import Pen, draw_sample, open_first, title_of
 from cloc_mllm.data.inspection.statistics import Inspection, fault_kind
 from cloc_mllm.errors import ClocError
 
 SHOWN_FAULTS = 2000
 _WORST, _GROUPS, _IN_GROUP, _SAMPLES, _HITS = 12, 8, 4, 12, 8
-_THUMBNAIL = 192
+_THUMBNAIL, _TITLE = 192, 300
 _SCRIPT = """
 for (const box of document.querySelectorAll("[data-filter]")) {
   const rows = document.querySelectorAll("#" + box.dataset.filter + " tbody tr");
@@ -193,11 +193,12 @@ def _pictures(files: SampleFiles, numbers: Sequence[tuple[int, str]], most: int)
         try:
             sample, folder = files.read(number)
             view = SampleView.of(sample, folder)
-            picture = draw_sample(open_first(view, folder), view, Pen(size=11), _THUMBNAIL)
+            picture = draw_sample(open_first(view, folder), view, Pen(size=11), _THUMBNAIL, caption=False)
         except ClocError:
             continue  # the table of faults has it; there is nothing to draw
         place = files.place(number)
-        drawn.append({"data": data_uri(picture), "file": place.file or "", "sample": place.name, "remark": remark})
+        shown = {"data": data_uri(picture), "file": place.file or "", "sample": place.name, "remark": remark}
+        drawn.append({**shown, "title": title_of(sample)[:_TITLE]})
     return drawn
 
 

@@ -13,12 +13,13 @@ from cloc_mllm.data.dataset import open_image
 from cloc_mllm.data.inspection.faults import SampleView, problems_of, sound_boxes
 from cloc_mllm.data.inspection.pictures import PictureSizes
 from cloc_mllm.data.inspection.scan import SampleFiles
+from cloc_mllm.data.inspection.texts import turn_text
 from cloc_mllm.data.readers import Sample
 from cloc_mllm.data.schema import kind_of
 from cloc_mllm.errors import ClocError
 
 CELL = 256
-_LINES, _LINE_HEIGHT, _MARGIN, _MOST_COLUMNS = 3, 14, 6, 6
+_LINES, _MARGIN, _MOST_COLUMNS = 3, 6, 6
 _PALETTE = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#bf5af2", "#64d2ff", "#ff9f0a", "#ff6fae")
 _MISSING = "\u25a1"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -31,11 +32,15 @@ class Pen:
         font_file: A TrueType or OpenType file; None for Pillow's own font, which has Latin letters only.
         size: Height in pixels.
 
+    Attributes:
+        line: Height of a line in pixels.
+
     Raises:
         ClocError: The font cannot be read.
     """
 
     def __init__(self, font_file: str | Path | None = None, size: int = 11) -> None:
+        self.line = size + 3
         try:
             self.font: Font = ImageFont.load_default(size) if font_file is None else _load(font_file, size)
         except OSError as error:
@@ -95,18 +100,11 @@ def title_of(sample: Sample) -> str:
     """What a contact sheet says below a picture: the caption, or the first turns and the answer."""
     if kind_of(sample) == "region-text":
         return str(sample.get("caption", ""))
-    turns = []
-    for message in SampleView.of(sample, None).messages[:2]:
-        content = message["content"]
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        shown = [item if item["type"] == "text" else {"text": f"<{item['type']}>"} for item in items]
-        turns.append(
-            "".join(str(item["text"]) for item, raw in zip(shown, items, strict=True) if raw["type"] != "image")
-        )
+    turns = [turn_text(message["content"]) for message in SampleView.of(sample, None).messages[:2]]
     return " / ".join([*turns, *([str(sample["answer"])] if "answer" in sample else [])])
 
 
-def draw_sample(image: Image.Image, view: SampleView, pen: Pen, cell: int = CELL) -> Image.Image:
+def draw_sample(image: Image.Image, view: SampleView, pen: Pen, cell: int = CELL, caption: bool = True) -> Image.Image:
     """A picture of a sample with the boxes on its first image, and its caption or first turns below.
 
     Args:
@@ -114,13 +112,14 @@ def draw_sample(image: Image.Image, view: SampleView, pen: Pen, cell: int = CELL
         view: The sample.
         pen: What to write with.
         cell: Longer side of the picture in pixels.
+        caption: Write below; without, only the boxes are drawn and have their texts.
 
     Returns:
-        An RGB picture, `cell` wide and a few lines higher.
+        An RGB picture: `cell` wide and a few lines higher, or without caption of the image's shape.
     """
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    drawn = Image.new("RGB", (cell, cell + _LINES * _LINE_HEIGHT + 2), "white")
+    drawn = Image.new("RGB", (cell, cell + _LINES * pen.line + 2) if caption else size, "white")
     drawn.paste(image.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST), (0, 0))
     draw, missing = ImageDraw.Draw(drawn), 0
     blank = "" if view.kind == "region-text" else "?"
@@ -130,18 +129,22 @@ def draw_sample(image: Image.Image, view: SampleView, pen: Pen, cell: int = CELL
     for k, (box, _) in marks:
         corners = [min(max(value * scale, -4), cell + 4) for value in box]
         draw.rectangle(corners, outline=_PALETTE[k % len(_PALETTE)], width=2)
+    taken: list[tuple[float, float, float, float]] = []
     for k, (box, text) in marks:
         shown, lost = pen.drawable(" ".join(text.split()))
         missing += lost
         if shown:
-            _label(
-                draw, pen, pen.cut(shown, cell - 4), (box[0] * scale, box[1] * scale), size, _PALETTE[k % len(_PALETTE)]
-            )
+            shown = pen.cut(shown, cell - 4)
+            place = _free_place([value * scale for value in box], pen.width(shown) + 2, pen.line - 1, size, taken)
+            draw.rectangle(draw.textbbox(place, shown, pen.font), fill="black")
+            draw.text(place, shown, fill=_PALETTE[k % len(_PALETTE)], font=pen.font)
+    if not caption:
+        return drawn
     shown, lost = pen.drawable(title_of(view.sample))
     missing += lost
     note = f" [{missing} characters the font lacks]" if missing else ""
     for row, line in enumerate(_caption(pen, shown, note, cell - 4)):
-        draw.text((2, cell + 1 + _LINE_HEIGHT * row), line, fill="black", font=pen.font)
+        draw.text((2, cell + 1 + pen.line * row), line, fill="black", font=pen.font)
     return drawn
 
 
@@ -156,14 +159,25 @@ def _area(box: Sequence[float]) -> float:
     return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _label(
-    draw: ImageDraw.ImageDraw, pen: Pen, text: str, corner: tuple[float, float], size: tuple[int, int], colour: str
-) -> None:
-    """Write a label above a box's corner, moved as far as it must be to stay on the picture."""
-    x = max(0.0, min(corner[0], size[0] - pen.width(text) - 2))
-    y = max(0.0, min(corner[1] - 13, size[1] - 13))
-    draw.rectangle(draw.textbbox((x, y), text, pen.font), fill="black")
-    draw.text((x, y), text, fill=colour, font=pen.font)
+def _free_place(
+    box: Sequence[float],
+    width: float,
+    height: float,
+    size: tuple[int, int],
+    taken: list[tuple[float, float, float, float]],
+) -> tuple[float, float]:
+    """Where a box's label goes: above it, or else where it covers no earlier label; always on the picture."""
+    x1, y1, x2, y2 = box
+    wanted = ((x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1 - height), (x2 - width, y2), (x2, y1))
+    places = [(max(0.0, min(x, size[0] - width)), max(0.0, min(y, size[1] - height))) for x, y in wanted]
+    free = (
+        (x, y)
+        for x, y in places
+        if not any(x < r and left < x + width and y < b and top < y + height for left, top, r, b in taken)
+    )
+    x, y = next(free, places[0])
+    taken.append((x, y, x + width, y + height))
+    return x, y
 
 
 def open_first(view: SampleView, folder: Path | None) -> Image.Image:

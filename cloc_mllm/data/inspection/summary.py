@@ -28,7 +28,9 @@ def _samples(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"samples             {found['samples']:,} in {len(found['files']):,} files: {kinds or 'none'}"
     for name in ("tasks", "sources"):
         if found[name]:
-            yield f"{name:20}" + ", ".join(f"{number:,} {value}" for value, number in found[name].items())
+            shown = [f"{number:,} {value}" for value, number in list(found[name].items())[:_SHOWN_TEXTS]]
+            more = len(found[name]) - len(shown)
+            yield f"{name:20}" + ", ".join([*shown, *([f"{more:,} more"] if more else [])])
     turns = found["turns_per_conversation"]
     if turns["count"]:
         yield f"turns               {_spread(turns)}"

@@ -13,7 +13,7 @@ from typing import Any
 from cloc_mllm.data.dataset import unique_regions
 from cloc_mllm.data.inspection.faults import RegionView, SampleView, regions_of
 from cloc_mllm.data.inspection.pictures import digest
-from cloc_mllm.data.inspection.texts import CAPTIONS, REGION_TEXTS, TextTally, texts_of, token_counts
+from cloc_mllm.data.inspection.texts import CAPTIONS, FLAWS, REGION_TEXTS, TextTally, texts_of, token_counts
 from cloc_mllm.data.schema import Size, box_problems, region_text_problems
 
 SMALL, MEDIUM = 32**2, 96**2
@@ -204,7 +204,7 @@ class Tally:
             keyed = long_enough and group != "conversations"
             flaws = self.texts.setdefault(group, TextTally()).add(text, place.number, keyed)
             for flaw in flaws if group != "conversations" else ():  # its turns have been judged one by one
-                self.notice(f"{flaw} in a text", place, f"{group}: {_shortened(text)}")
+                self.notice(f"a text {FLAWS[flaw]}", place, f"{group}: {_shortened(text)}")
         if options.tokenizer is None:
             return
         said = [(group, text) for group, text in texts if text.strip()]

@@ -26,13 +26,16 @@ GROUPS = (CAPTIONS, REGION_TEXTS, "user's turns", "assistant's turns", "system m
 """Groups of texts; the last holds each conversation's turns as one text."""
 
 FLAWS = {
-    "control characters": "holds characters that no one can see (controls, zero-width, directions)",
+    "control characters": "holds characters that no one can see (controls, zero-width, directions of writing)",
     "replacement characters": "holds U+FFFD: it was decoded with the wrong encoding once",
     "surrounding spaces": "begins or ends with a space",
     "markup": "holds HTML tags or entities",
     "web address": "holds a web address",
 }
-_MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|&(?:[a-zA-Z]{2,8}|#\d{2,6});")
+"""What may be odd about a text, and how it is said of one."""
+
+_MARKUP = re.compile(r"</?(?!region>)[a-zA-Z][^<>]*>|&(?:[a-zA-Z]{2,8}|#\d{2,6});")
+_HARMLESS = "\n\t\r\u200c\u200d"  # the last two join or part letters of Persian and Hindi, and parts of emoji
 _ADDRESS = re.compile(r"\bhttps?://|\bwww\.", re.I)
 _SCRIPT_WORDS = {"FULLWIDTH": "LATIN", "HALFWIDTH": "KATAKANA", "IDEOGRAPHIC": "CJK"}
 
@@ -72,12 +75,16 @@ def texts_of(view: SampleView) -> Iterator[tuple[str, str]]:
 
 
 def turn_text(content: Any) -> str:
-    """The text of a message's content, its items of other types left out."""
+    """The text of a message's content, `<region>` where it has a region, images left out."""
     if isinstance(content, str):
         return content
-    items = content if isinstance(content, (list, tuple)) else ()
-    texts = [item.get("text") for item in items if isinstance(item, dict) and item.get("type") == "text"]
-    return "".join(text for text in texts if isinstance(text, str))
+    parts = []
+    for item in content if isinstance(content, (list, tuple)) else ():
+        if isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str):
+            parts.append(item["text"])
+        elif isinstance(item, dict) and item.get("type") == "region":
+            parts.append("<region>")
+    return "".join(parts)
 
 
 def flaws_of(text: str) -> list[str]:
@@ -85,7 +92,7 @@ def flaws_of(text: str) -> list[str]:
     found = []
     if not text.isprintable():
         kinds = {character: unicodedata.category(character) for character in set(text) if not character.isprintable()}
-        if any(kind in ("Cc", "Cf", "Cs") and character not in "\n\t\r" for character, kind in kinds.items()):
+        if any(kind in ("Cc", "Cf", "Cs") and character not in _HARMLESS for character, kind in kinds.items()):
             found.append("control characters")
     if "\ufffd" in text:
         found.append("replacement characters")
@@ -129,7 +136,7 @@ class TextTally:
         words: The same in words, parts between spaces.
         tokens: The same in tokens, special ones included; empty without a tokenizer.
         scripts: Texts that have letters of a script.
-        flaws: Texts that have a flaw, see `FLAWS`.
+        flaws: Texts that have a flaw of `FLAWS`.
         keys: Hash of every text.
         samples: The sample of every text, numbered over the whole set.
     """
