@@ -77,9 +77,9 @@ def binned(
     width = max(1, -(-(high + 1) // most_bars))
     if edge is not None and edge < max(histogram):
         while (edge + 1) % width:
-            width += 1
+            width = width + 1 if width < edge + 1 else edge + 1
         high = max(high, edge)
-    last = (high // width + 1) * width
+    last = (min(high // width, 2 * most_bars) + 1) * width
     counts = [0] * (last // width)
     rest = 0
     for value, count in histogram.items():

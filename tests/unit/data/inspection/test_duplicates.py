@@ -1,4 +1,4 @@
-"""Near pairs of hashes: all of them and no others, found with a fraction of the comparisons; groups; real photographs."""
+"""Near pairs of hashes: all of them and no others, at a fraction of the comparisons; groups; real photographs."""
 
 from __future__ import annotations
 
