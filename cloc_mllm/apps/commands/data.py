@@ -1,28 +1,28 @@
-"""`cloc-mllm data`: make procedural scenes, convert public data sets, check what a data set holds."""
+"""`cloc-mllm data`: make procedural scenes, convert public data sets, inspect what a data set holds."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from cloc_mllm.apps.commands import data_inspection
 from cloc_mllm.data.importers import IMPORTERS
-from cloc_mllm.errors import ClocError
 
 _EPILOG = """examples:
   cloc-mllm data scenes --n 10000 --seed 0 --preset quick --out data/scenes
   cloc-mllm data convert coco --images train2017 --instances instances.json --captions captions.json --out data/coco
   cloc-mllm data check data/scenes --draw sheet.png
+  cloc-mllm data stats data/scenes --html stats.html
+  cloc-mllm data leaks data/train --eval data/test
 """
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds `data` and its sub-commands to the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = subparsers.add_parser("data", help="make, convert and check data", description=__doc__, epilog=_EPILOG)
+    parser = subparsers.add_parser("data", help="make, convert and inspect data", description=__doc__, epilog=_EPILOG)
     parser.formatter_class = raw
     commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
 
@@ -53,16 +53,7 @@ def add_parser(subparsers: Any) -> None:
         module.add_arguments(command)
         command.set_defaults(run=_convert, importer=name)
 
-    check = commands.add_parser(
-        "check",
-        help="list every fault of a data set",
-        formatter_class=raw,
-        epilog="example:\n  cloc-mllm data check data/scenes --draw sheet.png\n\nExit code 2 if there is a fault.",
-    )
-    check.add_argument("path", type=Path, help="a .jsonl, .json, .parquet or .tar file, or a folder of them")
-    check.add_argument("--draw", type=Path, metavar="SHEET", help="also draw pictures with their boxes and texts")
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
-    check.set_defaults(run=_check)
+    data_inspection.add_parsers(commands)
 
 
 def _scenes(args: argparse.Namespace) -> int:
@@ -97,27 +88,4 @@ def _convert(args: argparse.Namespace) -> int:
     for name, count in result["counts"].items():
         print(f"{name.replace('_', ' '):36} {count}")
     print(f"written to {args.out} ({result['format']})")
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    from cloc_mllm.data.check import check_data, draw_sheet
-
-    report = check_data(args.path)
-    if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        for fault in report.faults:
-            print(fault)
-        for entry in report.files:
-            kind = entry["kind"] or "unreadable"
-            counted = f"{entry['samples']} samples ({kind}), {entry['regions']} regions, {entry['broken']} broken"
-            print(f"{entry['file']}: {counted}")
-    sys.stdout.flush()
-    if args.draw is not None:
-        shown = draw_sheet(args.path, args.draw)
-        print(f"drew {shown} samples: {args.draw}", file=sys.stderr)
-    if report.faults:
-        problem = f"{len(report.faults)} faults in {report.broken} of {report.samples} samples"
-        raise ClocError(problem, file=args.path, remedy="Mend them, or train with on_bad_sample: skip.")
     return 0

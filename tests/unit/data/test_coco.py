@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloc_mllm.apps.cli import main
-from cloc_mllm.data.check import check_data
 from cloc_mllm.data.importers import json_stream
 from cloc_mllm.data.importers.coco import convert_coco
 from cloc_mllm.data.importers.json_stream import stream_lists
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloc_mllm.apps.cli import main
-from cloc_mllm.data.check import check_data
 from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.importers.ferret import convert_ferret
 from cloc_mllm.data.importers.llava import convert_llava, from_padded_square
 from cloc_mllm.data.importers.ms_swift import convert_ms_swift
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.data.writers import open_writer
 from cloc_mllm.errors import ClocError

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cloc_mllm.data.check import check_data
 from cloc_mllm.data.collate import ConversationCollator
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset, unique_regions
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.scenes.generator import generate_scenes
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloc_mllm.apps.cli import main
-from cloc_mllm.data.check import check_data
 from cloc_mllm.data.importers import conversion
 from cloc_mllm.data.importers.annotation_index import AnnotationIndex
 from cloc_mllm.data.importers.coco import convert_coco
@@ -28,6 +27,7 @@ from cloc_mllm.data.importers.flickr30k_entities import read_sentence
 from cloc_mllm.data.importers.open_images import OpenImagesSource
 from cloc_mllm.data.importers.refcoco import read_refs
 from cloc_mllm.data.importers.visual_genome import VisualGenomeSource
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloc_mllm.data.check import ImageSizes, sample_problems
+from cloc_mllm.data.inspection.faults import sample_problems
+from cloc_mllm.data.inspection.pictures import PictureSizes
 from cloc_mllm.data.messages import messages_of, problems_before_messages
 from cloc_mllm.data.schema import box_problems, conversation_problems, raise_first, region_text_problems, shape_problems
 from cloc_mllm.errors import ClocError
@@ -206,14 +207,14 @@ anything = st.recursive(
 @settings(max_examples=300, deadline=None)
 def test_any_object_is_judged_without_falling_over(sample: dict[str, Any]) -> None:
     """No object is a sound sample by chance: the strategies make no image file that exists."""
-    assert isinstance(sample_problems(sample, None, ImageSizes()), list)
+    assert isinstance(sample_problems(sample, None, PictureSizes()), list)
 
 
 @given(st.sampled_from(["caption", "regions", "image", "messages"]), anything)
 @settings(max_examples=200, deadline=None)
 def test_a_sound_sample_with_any_value_in_one_place_is_judged(key: str, value: Any) -> None:
     base = CONVERSATION if key == "messages" else {**REGION_TEXT, "image": noise_image()}
-    assert isinstance(sample_problems({**base, key: value}, None, ImageSizes()), list)
+    assert isinstance(sample_problems({**base, key: value}, None, PictureSizes()), list)
 
 
 @given(
@@ -234,4 +235,4 @@ def test_messages_with_any_value_in_some_places_are_judged(edits: list[tuple[int
     sample = copy.deepcopy(CONVERSATION)
     for number, value in edits:
         sample["messages"][number][key] = value
-    assert isinstance(sample_problems(sample, None, ImageSizes()), list)
+    assert isinstance(sample_problems(sample, None, PictureSizes()), list)

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloc_mllm.data.check import check_data
 from cloc_mllm.data.dataset import RegionTextDataset
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.data.shards import ShardSet, write_missing_indexes
 from cloc_mllm.data.tar_shards import TarFile, index_path, read_index, scan_tar, split_name

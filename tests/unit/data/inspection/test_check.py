@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cloc_mllm.apps.cli import main
-from cloc_mllm.data.check import check_data, draw_sheet
+from cloc_mllm.data.inspection.check import check_data
+from cloc_mllm.data.inspection.sheet import draw_sheet
 from cloc_mllm.data.scenes.generator import generate_scenes
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image
