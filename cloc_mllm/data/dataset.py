@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from cloc_mllm.data.lengths import TokensOfImage, sample_length
 from cloc_mllm.data.messages import image_items, messages_of, problems_before_messages, with_images, with_mask_paths
+from cloc_mllm.data.phrases import unique_regions
 from cloc_mllm.data.readers import Sample, SampleSource, open_samples, resolve_image, sample_name
 from cloc_mllm.data.schema import conversation_problems, kind_of, raise_first, region_text_problems
 from cloc_mllm.errors import ClocError
@@ -27,6 +28,9 @@ from cloc_mllm.models.image_processing_cloc import load_image
 
 BadSample = Literal["error", "skip"]
 DataPath = str | Path | Sequence[str | Path] | Sequence[Sample] | SampleSource
+
+TRUTH_KEYS = ("kind", "answer", "negative", "synonyms", "negative_synonyms", "box", "boxes_in", "heldout")
+"""What an item of a question holds of the truth, where the file does."""
 
 _SLOTS = 256
 
@@ -44,22 +48,6 @@ def open_image(image: Any, folder: Path | None, file: str | None, sample: str) -
     except (ValueError, TypeError, AttributeError) as error:
         remedy = "Restore the file or remove the sample; `cloc-mllm data check` lists all that are broken."
         raise ClocError(str(error), file=file, sample=sample, remedy=remedy) from error
-
-
-def unique_regions(regions: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """For each region of an image, whether its text names it alone.
-
-    A region may say so itself ("unique"); otherwise its text is taken to fit another region as well if all of its
-    words are in the other's text ("red circle" and "striped red circle"). Texts that say less than the truth can hide
-    an ambiguity from this rule.
-    """
-    bags = [frozenset(str(region["text"]).lower().split()) for region in regions]
-    return [
-        bool(region["unique"])
-        if isinstance(region.get("unique"), bool)
-        else not any(k != other and bags[k] <= bags[other] for other in range(len(bags)))
-        for k, region in enumerate(regions)
-    ]
 
 
 def require_bad_sample(on_bad_sample: str) -> None:
@@ -290,5 +278,5 @@ class ConversationDataset(_SampleDataset):
         )
         item = {"messages": with_images(messages, images), "id": str(raw.get("id", place)), "task": raw.get("task", "")}
         if asked:
-            item |= {key: raw[key] for key in ("kind", "answer", "box", "boxes_in", "heldout") if key in raw}
+            item |= {key: raw[key] for key in TRUTH_KEYS if key in raw}
         return item | {"file": file, "sample": name, "index": index}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from cloc_mllm.data.schema import Problem, key_problems
+from cloc_mllm.errors import ClocError
 
 Message = dict[str, Any]
+REGION = "<region>"
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PLACEHOLDER = re.compile(r"(<image>|<region>)")
@@ -196,3 +199,92 @@ def with_images(messages: Sequence[Message], images: Sequence[Any]) -> list[Mess
             content = [{**item, "image": next(rest)} if item["type"] == "image" else item for item in content]
         copies.append({**message, "content": content})
     return copies
+
+
+# -- making messages --------------------------------------------------------------------------------------------------
+
+
+def text_item(text: str) -> dict[str, Any]:
+    """A text as an item of a message."""
+    return {"type": "text", "text": text}
+
+
+def turn(question: list[dict[str, Any]], answer: str | list[dict[str, Any]]) -> list[Message]:
+    """A question and its answer, as two messages.
+
+    Args:
+        question: Items of the user's message.
+        answer: Items of the assistant's, or its text.
+    """
+    said = [text_item(answer)] if isinstance(answer, str) else answer
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+
+
+def region_item(region: Any) -> dict[str, Any]:
+    """A region as an item of a message.
+
+    Args:
+        region: ``[x1, y1, x2, y2]`` or ``[x, y]`` in pixels of the original image (a list, an array or a tensor); or an
+            item, ``{"box": ...}``, ``{"point": ...}`` or any other kind that conversations know, which is passed on.
+
+    >>> region_item([3, 4, 20, 25])
+    {'type': 'region', 'box': [3, 4, 20, 25]}
+    >>> region_item({"point": [5, 6]})
+    {'type': 'region', 'point': [5, 6]}
+
+    Raises:
+        ClocError: It is none of these.
+    """
+    if isinstance(region, Mapping):
+        return {"type": "region", **region}
+    numbers = region.tolist() if hasattr(region, "tolist") else region
+    if isinstance(numbers, (list, tuple)) and all(isinstance(value, Real) for value in numbers):
+        if len(numbers) == 4:
+            return {"type": "region", "box": list(numbers)}
+        if len(numbers) == 2:
+            return {"type": "region", "point": list(numbers)}
+    raise ClocError(
+        f"{region!r} is not a region",
+        remedy="Give [x1, y1, x2, y2] or [x, y] in pixels of the original image, or an item of a message.",
+    )
+
+
+def is_region(value: Any) -> bool:
+    """Whether something is one region rather than several."""
+    if isinstance(value, Mapping):
+        return True
+    if hasattr(value, "ndim"):
+        return bool(value.ndim == 1)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Real) for v in value)
+
+
+def question_items(question: str, regions: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """A question and the regions it is about, as items of a message.
+
+    Args:
+        question: With one ``<region>`` where each region belongs; without any, they are put after it.
+        regions: As :func:`region_item` takes them.
+
+    >>> question_items("What is <region>?", [[3, 4, 20, 25]])[1]
+    {'type': 'region', 'box': [3, 4, 20, 25]}
+
+    Raises:
+        ClocError: Nothing is asked, or the question has another number of ``<region>``.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise ClocError("there is no question")
+    found = question.count(REGION)
+    if found not in (0, len(regions)):
+        raise ClocError(
+            f"wrong number of {REGION}: the question holds {found}, {len(regions)} regions are given",
+            remedy=f"Give one region for each {REGION}, in order.",
+        )
+    if regions and not found:
+        question = f"{question.strip()} {' and '.join([REGION] * len(regions))}"
+    items: list[dict[str, Any]] = []
+    for number, part in enumerate(question.split(REGION)):
+        if number:
+            items.append(region_item(regions[number - 1]))
+        if part:
+            items.append({"type": "text", "text": part})
+    return items

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,9 @@ REGION_KEYS = frozenset({"box", "text", "score", "unique", "attributes"})
 CONVERSATION_KEYS = frozenset(
     {"id", "image", "images", "width", "height", "messages", "conversations", "regions", "task", "source"}
 )
-QUESTION_KEYS = CONVERSATION_KEYS | {"kind", "answer", "box", "boxes_in", "heldout", "majority"}
+QUESTION_KEYS = CONVERSATION_KEYS.union(
+    ["kind", "answer", "box", "boxes_in", "heldout", "majority", "negative", "synonyms", "negative_synonyms"]
+)
 MESSAGE_KEYS = frozenset({"role", "content"})
 REGION_KINDS = ("box", "point", "mask", "scribble")
 ITEM_KEYS = {
@@ -33,6 +37,9 @@ ITEM_KEYS = {
 }
 ROLES = ("system", "user", "assistant")
 PLACEHOLDERS = ("<image>", "<region>", "<ground>")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What stands for no letter in any script: control characters but tab and line breaks, and halves of a character. Marks
+that scripts need, such as joiners and directions, are none of these."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,23 @@ def text_problems(value: Any, what: str) -> Iterator[Problem]:
         yield Problem(f"{what} is missing or not a string", "Give it a text.")
     elif not value.strip():
         yield Problem(f"empty text: {what} is blank", "Give it a text, or leave the sample out.")
+    else:
+        yield from control_problems(value, what)
+
+
+def control_problems(text: str, what: str) -> Iterator[Problem]:
+    """A text that holds a control character, or half of a surrogate pair, which no file can hold."""
+    if found := _CONTROL.search(text):
+        remedy = "Take it out; `cloc-mllm data convert` does."
+        yield Problem(f"{what} holds the control character U+{ord(found.group()):04X}", remedy)
+
+
+def cleaned(text: str, counts: Counter[str]) -> str:
+    """A text without control characters, a blank in place of each run of them; such texts are counted."""
+    if _CONTROL.search(text) is None:
+        return text
+    counts["texts_cleaned"] += 1
+    return " ".join(_CONTROL.sub(" ", text).split())
 
 
 def box_problems(box: Any, size: Size | None, what: str = "box") -> Iterator[Problem]:
@@ -263,6 +287,7 @@ def content_problems(
             if not isinstance(item.get("text"), str) or not item["text"]:
                 yield Problem(f"empty text: {what} has a text item without text", "Leave the item out.")
             else:
+                yield from control_problems(item["text"], f"the text of {what}")
                 yield from _placeholder_problems(item["text"], what)
         elif kind == "image":
             shown += 1

@@ -1,4 +1,4 @@
-"""`cloc-mllm data`: make procedural scenes, convert public data sets, inspect what a data set holds."""
+"""`cloc-mllm data`: make scenes, convert public data sets, build questions of them, inspect what a set holds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cloc_mllm.apps.commands import data_inspection
+from cloc_mllm.data.builders import BUILDERS
 from cloc_mllm.data.importers import IMPORTERS
 
 _EPILOG = """examples:
   cloc-mllm data scenes --n 10000 --seed 0 --preset quick --out data/scenes
   cloc-mllm data convert coco --images train2017 --instances instances.json --captions captions.json --out data/coco
+  cloc-mllm data build referring data/coco --out data/coco-referring
   cloc-mllm data check data/scenes --draw sheet.png
   cloc-mllm data stats data/scenes --html stats.html
   cloc-mllm data leaks data/train --eval data/test
@@ -53,6 +55,16 @@ def add_parser(subparsers: Any) -> None:
         module.add_arguments(command)
         command.set_defaults(run=_convert, importer=name)
 
+    build = commands.add_parser("build", help="make conversations and questions of region-text data")
+    kinds = build.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name in BUILDERS:
+        module = importlib.import_module(name)
+        for kind, summary in module.SUMMARIES.items():
+            command = kinds.add_parser(kind, help=summary, description=module.__doc__, formatter_class=raw)
+            command.epilog = f"example:\n  {module.EXAMPLES[kind]}"
+            module.add_arguments(command, kind)
+            command.set_defaults(run=_build, builder=name)
+
     data_inspection.add_parsers(commands)
 
 
@@ -84,7 +96,14 @@ def _scenes(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    result = importlib.import_module(args.importer).convert(args)
+    return _print_counts(args, importlib.import_module(args.importer).convert(args))
+
+
+def _build(args: argparse.Namespace) -> int:
+    return _print_counts(args, importlib.import_module(args.builder).build(args))
+
+
+def _print_counts(args: argparse.Namespace, result: dict[str, Any]) -> int:
     for name, count in result["counts"].items():
         print(f"{name.replace('_', ' '):36} {count}")
     print(f"written to {args.out} ({result['format']})")

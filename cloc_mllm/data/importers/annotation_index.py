@@ -87,9 +87,9 @@ class AnnotationIndex:
 
     def images(self, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]]:
         """Id, facts and notes of the images from one place to another (places count from 0), in order."""
-        rows = self._database.execute(
-            "SELECT id, facts FROM images ORDER BY place LIMIT ? OFFSET ?", (max(0, stop - start), start)
-        )
+        # Rows are numbered from 1 without gaps: an image that came twice changed its row and used up no number.
+        asked = "SELECT id, facts FROM images WHERE place > ? AND place <= ? ORDER BY place"
+        rows = self._database.execute(asked, (start, stop))
         for image, facts in rows.fetchall():
             notes = self._database.execute("SELECT kind, note FROM notes WHERE image = ? ORDER BY rowid", (image,))
             yield image, json.loads(facts), [(kind, json.loads(note)) for kind, note in notes]

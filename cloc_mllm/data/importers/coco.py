@@ -6,7 +6,8 @@ Source: https://cocodataset.org/#download; annotations CC BY 4.0, photographs un
 Policy, all of it counted in the result: a box becomes [x1, y1, x2, y2], clipped to the picture; its text is the
 category's name; crowd boxes (`iscrowd`: 1) cover several things at once and are left out; so are boxes without area.
 The caption with the lowest id is the sample's caption, the others go to `captions`. Images without a caption are left
-out, images without objects are kept with no region.
+out, images without objects are kept with no region. With `--masks` a region's outline is kept in its `attributes` as
+`mask`: polygons in pixels, clipped to the picture, or the run-length code as it stands.
 """
 
 from __future__ import annotations
@@ -42,12 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `cloc-mllm data convert coco`."""
     parser.add_argument("--instances", required=True, type=Path, help="instances_*.json")
     parser.add_argument("--captions", required=True, type=Path, help="captions_*.json")
+    add_masks_argument(parser)
     add_common_arguments(parser)
+
+
+def add_masks_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares `--masks`, for the sets in COCO's layout that have outlines."""
+    parser.add_argument("--masks", action="store_true", help="keep outlines, as the attribute `mask` of regions")
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the conversion that parsed arguments ask for."""
-    return convert_source(CocoSource(args.instances, args.captions), ConvertOptions.of(args))
+    return convert_source(CocoSource(args.instances, args.captions, args.masks), ConvertOptions.of(args))
 
 
 def convert_coco(
@@ -77,6 +84,7 @@ class CocoSource(Source):
     Args:
         instances: The file with `images`, `annotations` and `categories`.
         captions: The captions file; without one, the sample's caption is made of the names of what is on it.
+        masks: Keep outlines.
     """
 
     kind = "coco"
@@ -87,9 +95,10 @@ class CocoSource(Source):
         "val2017": {"images_listed": 5_000, "captions_read": 25_014, "categories": 80},
     }
 
-    def __init__(self, instances: str | Path, captions: str | Path | None = None) -> None:
+    def __init__(self, instances: str | Path, captions: str | Path | None = None, masks: bool = False) -> None:
         self.instances = Path(instances)
         self.captions = None if captions is None else Path(captions)
+        self.masks = masks
 
     @property
     def files(self) -> list[Path]:
@@ -99,6 +108,7 @@ class CocoSource(Source):
     def events(self, counts: Counter[str]) -> Iterator[Event]:
         """Read each file once."""
         names: dict[str, str] = {}
+        synonyms: dict[str, list[str]] = {}
         used: set[int] = set()
         for name, item in stream_lists(self.instances, ("images", "annotations", "categories")):
             with reading(self.instances, name, item):
@@ -106,24 +116,32 @@ class CocoSource(Source):
                     yield "image", item["id"], self._facts(item)
                 elif name == "categories":
                     names[str(item["id"])] = self.category_name(item)
+                    synonyms[str(item["id"])] = self.synonyms(item)
                 elif item.get("iscrowd"):
                     counts["boxes_crowd_left_out"] += 1
                 else:
                     x, y, w, h = (float(value) for value in item["bbox"])
                     used.add(item["category_id"])
-                    yield "region", item["image_id"], {"box": [x, y, x + w, y + h], "category": item["category_id"]}
+                    outline = {"outline": item["segmentation"]} if self.masks else {}
+                    note = {"box": [x, y, x + w, y + h], "category": item["category_id"], **outline}
+                    yield "region", item["image_id"], note
         if unknown := sorted(category for category in used if str(category) not in names):
             raise ClocError(
                 f"category {unknown[0]} is used but not listed", file=self.instances, remedy="Fetch it again."
             )
         counts["categories"] = len(names)
         yield "about", "categories", names
+        yield "about", "synonyms", synonyms
         if self.captions is not None:
             yield from self._captions(self.captions, counts)
 
     def category_name(self, item: dict[str, Any]) -> str:
         """Return the text that boxes of a category get."""
         return str(item["name"])
+
+    def synonyms(self, item: dict[str, Any]) -> list[str]:
+        """Return all names of a category, the text of its boxes first."""
+        return [self.category_name(item)]
 
     def file_name(self, item: dict[str, Any]) -> str:
         """Return the name of an image's file within the folder of pictures."""
@@ -149,12 +167,32 @@ class CocoSource(Source):
         """Boxes in the order of the file, captions in the order of their ids."""
         names = self.about["categories"]
         boxes = [note for kind, note in notes if kind == "region"]
-        regions = [{"box": note["box"], "text": names[str(note["category"])]} for note in boxes]
+        size = (facts["size"][0], facts["size"][1])
+        regions = [
+            {
+                "box": note["box"],
+                "text": names[str(note["category"])],
+                **({"attributes": {"mask": clipped_outline(note["outline"], size)}} if "outline" in note else {}),
+            }
+            for note in boxes
+        ]
         spoken = sorted((note["id"], note["text"]) for kind, note in notes if kind == "caption")
         captions = [text for _, text in spoken]
         if self.captions is None:
             captions = caption_of_names([region["text"] for region in regions])
-        return RawSample(facts["file"], (facts["size"][0], facts["size"][1]), captions, regions)
+        return RawSample(facts["file"], size, captions, regions)
+
+
+def clipped_outline(outline: Any, size: tuple[int, int]) -> Any:
+    """An outline whose polygons end at the borders of the picture; anything else is left for its reader to judge.
+
+    Args:
+        outline: Polygons `[[x1, y1, x2, y2, ...], ...]` in pixels, or a run-length code.
+        size: Width and height of the picture.
+    """
+    if not isinstance(outline, list):
+        return outline
+    return [[min(max(float(value), 0.0), float(size[k % 2])) for k, value in enumerate(polygon)] for polygon in outline]
 
 
 def caption_of_names(names: list[str]) -> list[str]:

@@ -9,21 +9,21 @@ its name when it is complete, and its counts with it, so nothing is lost or writ
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
 from cloc_mllm.data.importers.annotation_index import AnnotationIndex, Event
 from cloc_mllm.data.importers.pictures import picture_in, picture_size
+from cloc_mllm.data.schema import cleaned
+from cloc_mllm.data.sharded_output import Placed, ShardedOutput
 from cloc_mllm.errors import ClocError
 
 COUNTS = (
@@ -37,10 +37,9 @@ COUNTS = (
     "boxes_clipped",
     "boxes_crowd_left_out",
     "boxes_without_area_left_out",
+    "texts_cleaned",
 )
 """Counted by every importer, reported at zero too."""
-
-_STATE = ".convert"
 
 
 @dataclass(frozen=True)
@@ -198,35 +197,21 @@ def convert(source: Source, options: ConvertOptions) -> dict[str, Any]:
     Raises:
         ClocError: Files that cannot be read or do not fit together, or that cannot be written.
     """
-    out = options.out
+    output = ShardedOutput(options.out, "regions", options.file_format, options.copy_images, options.shard)
     try:
-        state = _open_state(source, options)
-        index, counts = _open_index(source, state)
+        files = [(str(file.resolve()), file.stat().st_size) if file.exists() else str(file) for file in source.files]
+        output.begin([source.kind, vars(source), files, {**vars(options), "workers": 0, "progress": False}])
+        index, counts = _open_index(source, output.state)
         source.about = index.about()
-        shards = range(-(-len(index) // options.shard))
-        for found in _run_shards(source, options, state, shards):
+        shards = -(-len(index) // options.shard)
+        write = partial(_write_shard, source, options, output)
+        for found in output.run(write, shards, workers=options.workers, progress=options.progress, label=source.kind):
             counts += found
-        if options.file_format == "jsonl":
-            _join_lines(out, len(shards))
         result = _report(source, options, len(index), counts)
-        (out / "dataset.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(state)
+        output.finish(shards, result)
     except OSError as error:
-        raise ClocError(f"cannot write: {error.strerror or error}", file=error.filename or out) from error
+        raise ClocError(f"cannot write: {error.strerror or error}", file=error.filename or options.out) from error
     return result
-
-
-def _open_state(source: Source, options: ConvertOptions) -> Path:
-    """The folder of what is known so far; emptied if it is of another conversion."""
-    state = options.out / _STATE
-    files = [(str(file.resolve()), file.stat().st_size) if file.exists() else str(file) for file in source.files]
-    asked = [source.kind, vars(source), files, {**vars(options), "workers": 0, "progress": False}]
-    plan = hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()
-    if not (state / "plan").is_file() or (state / "plan").read_text() != plan:
-        shutil.rmtree(state, ignore_errors=True)
-        state.mkdir(parents=True)
-        (state / "plan").write_text(plan)
-    return state
 
 
 def _open_index(source: Source, state: Path) -> tuple[AnnotationIndex, Counter[str]]:
@@ -243,99 +228,79 @@ def _open_index(source: Source, state: Path) -> tuple[AnnotationIndex, Counter[s
     return AnnotationIndex.build(path, events(), source.files[0]), counts
 
 
-def _run_shards(source: Source, options: ConvertOptions, state: Path, shards: Iterable[int]) -> Iterator[Counter[str]]:
-    """The counts of all shards, those that are not there yet written first."""
-    from tqdm import tqdm
+def _write_shard(source: Source, options: ConvertOptions, output: ShardedOutput, number: int) -> None:
+    """Write the shard of a number, in whatever process this is."""
 
-    done = {number: state / f"{number:05d}.json" for number in shards}
-    missing = [number for number, marker in done.items() if not marker.exists()]
-    with tqdm(total=len(missing), unit="shard", desc=source.kind, disable=None if options.progress else True) as bar:
-        if options.workers <= 1 or len(missing) <= 1:
-            for number in missing:
-                _write_shard(source, options, state, number)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(options.workers) as pool:
-                jobs: list[Future[None]] = [pool.submit(_write_shard, source, options, state, k) for k in missing]
-                for job in jobs:
-                    job.result()
-                    bar.update()
-    for marker in done.values():
-        yield Counter(json.loads(marker.read_text()))
-
-
-def _write_shard(source: Source, options: ConvertOptions, state: Path, number: int) -> None:
-    """Write one shard under its name, then its counts; a shard without counts is written again."""
-    from cloc_mllm.data.writers import JsonlWriter, open_writer
-
-    counts: Counter[str] = Counter()
-    index = AnnotationIndex(state / "annotations.db")
-    piece = state / f"shard-{number:05d}"
-    writer = (
-        JsonlWriter(options.out, f"{_STATE}/lines-{number:05d}", options.copy_images)
-        if options.file_format == "jsonl"
-        else open_writer(piece, options.file_format, "regions")
-    )
-    with writer:
+    def samples(counts: Counter[str]) -> Iterator[Placed]:
+        index = AnnotationIndex(output.state / "annotations.db")
         for image, facts, notes in index.images(number * options.shard, (number + 1) * options.shard):
-            sample = _sample(source, options, image, source.sample(image, facts, notes, counts), counts)
+            sample = _sample(source, options, image, facts, notes, counts)
             if sample is not None:
-                writer.write(sample)
-    for file in sorted(piece.iterdir()) if piece.is_dir() else ():
-        file.replace(options.out / file.name.replace("-00000", f"-{number:05d}", 1))
-    marker = state / f"{number:05d}.json"
-    part = marker.with_suffix(".part")
-    part.write_text(json.dumps(counts))
-    part.replace(marker)
+                yield sample, None
 
-
-def _join_lines(out: Path, shards: int) -> None:
-    target = out / "regions.jsonl.part"
-    with target.open("wb") as joined:
-        for number in range(shards):
-            with (out / _STATE / f"lines-{number:05d}.jsonl").open("rb") as piece:
-                shutil.copyfileobj(piece, joined)
-    target.replace(out / "regions.jsonl")
+    output.write(number, samples)
 
 
 def _sample(
-    source: Source, options: ConvertOptions, image: str, raw: RawSample | None, counts: Counter[str]
+    source: Source,
+    options: ConvertOptions,
+    image: str,
+    facts: dict[str, Any],
+    notes: list[tuple[str, dict[str, Any]]],
+    counts: Counter[str],
 ) -> dict[str, Any] | None:
-    """The sample of one image, measured, its boxes clipped; `None` if it is left out."""
-    if raw is None:
-        return None
-    if not raw.captions:
-        counts["images_without_caption_left_out"] += 1
-        return None
-    picture = raw.image if isinstance(raw.image, bytes) else picture_in(options.images or Path(), raw.image)
+    """The sample of one image, measured, its boxes clipped; `None` if it is left out, which is counted."""
+    of_image: Counter[str] = Counter()
     try:
-        width, height = picture_size(picture)
-        if raw.size is not None and raw.size != (width, height):
-            name = picture.name if isinstance(picture, Path) else "the picture"
-            raise ClocError(
-                f"the file says {raw.size[0]} x {raw.size[1]} pixels, but {name} is {width} x {height}",
-                file=source.files[0],
-                sample=image,
-                remedy="The boxes would be wrong: use the pictures that the annotations were made for, or skip it.",
-            )
-    except ClocError:
+        raw = source.sample(image, facts, notes, of_image)
+        captions = [] if raw is None else [text for one in raw.captions if (text := cleaned(one, of_image))]
+        if raw is None or not captions:
+            counts += of_image
+            counts["images_without_caption_left_out"] += raw is not None
+            return None
+        picture = raw.image if isinstance(raw.image, bytes) else picture_in(options.images or Path(), raw.image)
+        width, height = _measured(picture, raw, source.files[0])
+    except ClocError as error:
         if options.on_bad_sample == "error":
-            raise
+            file, sample = error.file or source.files[0], error.sample or image
+            raise ClocError(error.problem, file=file, sample=sample, remedy=error.remedy) from error
         counts["images_bad_left_out"] += 1
         return None
-    regions = list(clipped(raw.regions, width, height, counts))
+    counts += of_image
     counts["images_written"] += 1
+    regions = list(clipped(_with_clean_texts(raw.regions, counts), width, height, counts))
     counts["images_without_objects"] += not regions
     return {
         "id": image,
         "image": picture,
         "width": width,
         "height": height,
-        "caption": raw.captions[0],
-        "captions": raw.captions,
+        "caption": captions[0],
+        "captions": captions,
         "regions": regions,
         "source": source.kind,
     }
+
+
+def _with_clean_texts(regions: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    for region in regions:
+        if text := cleaned(region["text"], counts):
+            yield {**region, "text": text}
+        else:
+            counts["boxes_without_text_left_out"] += 1
+
+
+def _measured(picture: bytes | Path, raw: RawSample, file: Path) -> tuple[int, int]:
+    """Width and height of a picture; `ClocError` if they are not what the source states."""
+    width, height = picture_size(picture)
+    if raw.size is not None and raw.size != (width, height):
+        name = picture.name if isinstance(picture, Path) else "the picture"
+        raise ClocError(
+            f"the file says {raw.size[0]} x {raw.size[1]} pixels, but {name} is {width} x {height}",
+            file=file,
+            remedy="The boxes would be wrong: use the pictures that the annotations were made for, or skip it.",
+        )
+    return width, height
 
 
 def clipped(
@@ -371,11 +336,26 @@ def _report(source: Source, options: ConvertOptions, listed: int, counts: Counte
     }
     for split, wanted in source.expected.items():
         if split in source.files[0].name:
-            wrong = {k: f"{shown[k]:,} instead of {n:,}" for k, n in wanted.items() if shown.get(k) != n}
-            result["split"] = split
-            result["expected"] = dict(wanted)
-            if wrong:
-                told = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in wrong.items())
-                warnings.warn(f"{source.files[0].name} is not the whole of {source.kind} {split}: {told}", stacklevel=3)
+            result |= compared(source.files[0], f"{source.kind} {split}", split, wanted, shown)
             break
     return result
+
+
+def compared(file: Path, what: str, split: str, wanted: Mapping[str, int], found: Mapping[str, int]) -> dict[str, Any]:
+    """Warn where a known split counts otherwise than it should.
+
+    Args:
+        file: The annotation file.
+        what: What to call the split in the warning.
+        split: Its name.
+        wanted: What it must count.
+        found: What was counted.
+
+    Returns:
+        `split` and `expected`, for `dataset.json`.
+    """
+    wrong = {k: f"{found.get(k, 0):,} instead of {n:,}" for k, n in wanted.items() if found.get(k) != n}
+    if wrong:
+        told = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in wrong.items())
+        warnings.warn(f"{file.name} is not the whole of {what}: {told}", stacklevel=4)
+    return {"split": split, "expected": dict(wanted)}

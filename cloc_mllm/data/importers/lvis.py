@@ -15,7 +15,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cloc_mllm.data.importers.coco import CocoSource
+from cloc_mllm.data.importers.coco import CocoSource, add_masks_argument
 from cloc_mllm.data.importers.conversion import ConvertOptions, add_common_arguments
 from cloc_mllm.data.importers.conversion import convert as convert_source
 
@@ -27,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `cloc-mllm data convert lvis`."""
     parser.add_argument("--instances", required=True, type=Path, help="lvis_v1_*.json")
     parser.add_argument("--captions", type=Path, help="COCO's captions file of the same pictures")
+    add_masks_argument(parser)
     add_common_arguments(parser)
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the conversion that parsed arguments ask for."""
-    return convert_source(LvisSource(args.instances, args.captions), ConvertOptions.of(args))
+    return convert_source(LvisSource(args.instances, args.captions, args.masks), ConvertOptions.of(args))
 
 
 class LvisSource(CocoSource):
@@ -46,8 +47,16 @@ class LvisSource(CocoSource):
 
     def category_name(self, item: dict[str, Any]) -> str:
         """Return `trash can` for `trash_can`, `bow` for `bow_(weapon)`."""
-        return re.sub(r"_?\(.*?\)", "", str(item["name"])).replace("_", " ").strip()
+        return _spoken(item["name"])
+
+    def synonyms(self, item: dict[str, Any]) -> list[str]:
+        """Return the category's name and its synonyms, each once."""
+        return list(dict.fromkeys([self.category_name(item), *map(_spoken, item.get("synonyms", ()))]))
 
     def file_name(self, item: dict[str, Any]) -> str:
         """Return `train2017/000000391895.jpg` from the picture's address."""
         return str(item["file_name"]) if "file_name" in item else "/".join(PurePosixPath(item["coco_url"]).parts[-2:])
+
+
+def _spoken(name: Any) -> str:
+    return re.sub(r"_?\(.*?\)", "", str(name)).replace("_", " ").strip()

@@ -3,6 +3,9 @@
 Source: https://www.objects365.org/download.html; annotations CC BY 4.0. Boxes there are [x, y, width, height] in pixels
 of the picture; pictures lie in folders `patch0`, `patch1`, … and `file_name` names them as `images/v1/patch8/….jpg`.
 
+Three pictures that the training annotations list were never published (patch16/objects365_v2_00908726.jpg and
+patch6/objects365_v1_00320532.jpg, …534.jpg), so 1,742,289 of 1,742,292 can be converted: `--on-bad-sample skip`.
+
 Policy beyond COCO's: `--images` is the folder that holds the patches; boxes of groups (`iscrowd`: 1) are left out; the
 caption is made of the names of what is there, since the set has none.
 """

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cloc_mllm.data.english import with_article
 from cloc_mllm.data.scenes.objects import SceneObject
-from cloc_mllm.data.scenes.vocabulary import ScenePreset, with_article
+from cloc_mllm.data.scenes.vocabulary import ScenePreset
 
 Mention = dict[str, str]
 

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from cloc_mllm.data.builders.templates import GROUND, REFER
+from cloc_mllm.data.english import plural, with_article
+from cloc_mllm.data.messages import question_items, text_item
 from cloc_mllm.data.scenes.language import canonical, is_unique, mention, sample_unique_mention, words
 from cloc_mllm.data.scenes.objects import Pair, SceneObject
-from cloc_mllm.data.scenes.vocabulary import ScenePreset, plural, with_article
+from cloc_mllm.data.scenes.vocabulary import ScenePreset
 
 Content = list[dict[str, Any]]
 
@@ -130,9 +133,9 @@ class Asker:
         """What the object in a box is; the answer names texture, colour and shape."""
         thing = thing or self.objects[int(rng.integers(len(self.objects)))]
         box = list(thing.box)
-        question: Content = [_text("What is "), {"type": "region", "box": box}, _text("?")]
+        question: Content = question_items(REFER, [{"box": box}])
         answer = canonical(thing)
-        return Turn("referring", "referring", question, [_text(answer)], answer, thing.pair, boxes_in=[box])
+        return Turn("referring", "referring", question, [text_item(answer)], answer, thing.pair, boxes_in=[box])
 
     def grounding(self, rng: np.random.Generator, thing: SceneObject | None = None) -> Turn | None:
         """Where an object is; None if no phrase names it alone. Without `thing`, any object that can be named."""
@@ -141,18 +144,14 @@ class Asker:
             said = sample_unique_mention(candidate, self.objects, rng)
             if said is not None:
                 phrase, box = words(said), list(candidate.box)
-                reply: Content = [_text(f"{phrase} "), {"type": "region", "box": box, "phrase": phrase}]
-                question = [_text(f"Where is the {phrase}?")]
+                reply: Content = [text_item(f"{phrase} "), {"type": "region", "box": box, "phrase": phrase}]
+                question = [text_item(GROUND.format(phrase=phrase))]
                 return Turn("grounding", "grounding", question, reply, phrase, candidate.pair, box=box)
         return None
 
 
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
 def _spoken(kind: str, question: str, answer: str, pair: Pair | None = None) -> Turn:
-    return Turn("vqa", kind, [_text(question)], [_text(answer)], answer, pair)
+    return Turn("vqa", kind, [text_item(question)], [text_item(answer)], answer, pair)
 
 
 def training_turns(asker: Asker, rng: np.random.Generator) -> list[Turn]:

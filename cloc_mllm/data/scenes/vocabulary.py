@@ -47,18 +47,6 @@ SIZES: dict[str, tuple[int, int]] = {"small": (20, 23), "medium": (28, 32), "lar
 
 REFERENCE_SIDE = 96
 
-_PLURALS = {"cross": "crosses"}
-
-
-def plural(shape: str) -> str:
-    """Plural of a shape's name, as counting questions need it."""
-    return _PLURALS.get(shape, f"{shape}s")
-
-
-def with_article(phrase: str) -> str:
-    """`phrase` with its indefinite article in front ("an orange star")."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
 
 @dataclass(frozen=True)
 class ScenePreset:

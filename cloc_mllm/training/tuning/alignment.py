@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,24 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from cloc_mllm.data.builders.templates import DESCRIBE_IMAGE, GROUND, GROUND_EACH, REFER
 from cloc_mllm.data.dataset import RegionTextDataset, SkipCount
+from cloc_mllm.data.english import content_words, without_article
 from cloc_mllm.data.lengths import REGION_TOKENS, TokensOfImage
+from cloc_mllm.data.messages import question_items, text_item, turn
+from cloc_mllm.data.phrases import fits
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.answer_text import absent_answer
 from cloc_mllm.training.presets.options import AlignDataOptions
 
-CAPTION_PROMPT = "Describe the image."
-NAME_PROMPT = ("What is ", "?")
-"""Around the region that must be named."""
-FIND_PROMPT = "Where is the {phrase}?"
-FIND_EACH_PROMPT = "Where is every {phrase}?"
 ABSENT_DRAWS = 8
 """Other samples that are looked at, at most, for each phrase that is to be absent."""
-
-SMALL_WORDS = frozenset(
-    ["a", "an", "and", "at", "by", "for", "from", "her", "his", "in", "is", "it", "its", "of", "on", "one", "or", "the"]
-).union(["their", "this", "to", "two", "with"])
-"""Words that two phrases may share without being about the same."""
 
 
 class AlignConversations(Dataset):
@@ -62,25 +55,29 @@ class AlignConversations(Dataset):
         item = self.dataset.item(index, epoch)
         image = {"type": "image", "image": item["image"]}
         if self.options.prompts == "plain":
-            return self._item(index, item, _turn([image], item["caption"]))
+            return self._item(index, item, turn([image], item["caption"]))
         drawn = np.random.default_rng([self.seed, epoch, index])
         regions = [item["regions"][int(k)] for k in drawn.permutation(len(item["regions"]))]
         to_find = [region for region in regions if region["unique"]][: self.options.grounding]
         to_name = [region for region in regions if not any(region is found for found in to_find)]
         if len(to_name) < self.options.referring:
             to_name += to_find
-        messages = _turn([image, _text(CAPTION_PROMPT)], item["caption"])
+        messages = turn([image, text_item(DESCRIBE_IMAGE)], item["caption"])
         for region in to_name[: self.options.referring]:
-            question = [_text(NAME_PROMPT[0]), {"type": "region", "box": region["box"]}, _text(NAME_PROMPT[1])]
-            messages += _turn(question, str(region["text"]))
+            messages += turn(question_items(REFER, [{"box": region["box"]}]), str(region["text"]))
         for region in to_find:
-            answer = [_text(f"{region['text']} "), {"type": "region", "box": region["box"], "phrase": region["text"]}]
-            messages += _turn([_text(FIND_PROMPT.format(phrase=region["text"]))], answer)
+            answer = [
+                text_item(f"{region['text']} "),
+                {"type": "region", "box": region["box"], "phrase": region["text"]},
+            ]
+            messages += turn([text_item(GROUND.format(phrase=without_article(region["text"])))], answer)
         for phrase, boxes in self._several(regions):
             each = [{"type": "region", "box": box, "phrase": phrase} for box in boxes]
-            messages += _turn([_text(FIND_EACH_PROMPT.format(phrase=phrase))], [_text(f"{phrase} "), *each])
+            messages += turn(
+                [text_item(GROUND_EACH.format(phrase=without_article(phrase)))], [text_item(f"{phrase} "), *each]
+            )
         for phrase in self._absent(item, drawn):
-            messages += _turn([_text(FIND_PROMPT.format(phrase=phrase))], absent_answer(phrase))
+            messages += turn([text_item(GROUND.format(phrase=without_article(phrase)))], absent_answer(phrase))
         return self._item(index, item, messages)
 
     def _item(self, index: int, item: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,9 +90,8 @@ class AlignConversations(Dataset):
         A phrase fits a region whose text holds all of its words, as in `unique_regions`.
         """
         ambiguous = dict.fromkeys(str(region["text"]) for region in regions if not region["unique"])
-        said = [(set(str(region["text"]).lower().split()), region["box"]) for region in regions]
         fitting = (
-            (phrase, [box for words, box in said if set(phrase.lower().split()) <= words]) for phrase in ambiguous
+            (phrase, [region["box"] for region in regions if fits(phrase, str(region["text"]))]) for phrase in ambiguous
         )
         yield from itertools.islice(((p, boxes) for p, boxes in fitting if len(boxes) > 1), self.options.several)
 
@@ -105,13 +101,15 @@ class AlignConversations(Dataset):
         That is stricter than it need be (with a "red ring" there, no "red star" is asked for), since neither caption
         nor regions say everything. Words such as "the" do not count. Fewer where few are found.
         """
-        here = _words(" ".join([item["caption"], *(str(region["text"]) for region in item["regions"])]))
+        here = content_words(" ".join([item["caption"], *(str(region["text"]) for region in item["regions"])]))
         found: list[str] = []
         for other in drawn.integers(len(self.dataset), size=self.options.absent * ABSENT_DRAWS).tolist():
             if len(found) == self.options.absent:
                 break
             texts = [str(region["text"]) for region in self._regions_of(other)]
-            free = [text for text in texts if text not in found and _words(text) and not _words(text) & here]
+            free = [
+                text for text in texts if text not in found and content_words(text) and not content_words(text) & here
+            ]
             if free:
                 found.append(free[int(drawn.integers(len(free)))])
         return found
@@ -152,16 +150,3 @@ class AlignConversations(Dataset):
     def skipped(self) -> int:
         """How often a broken sample was left out or replaced, in this process and its workers."""
         return self.dataset.skipped
-
-
-def _words(text: str) -> set[str]:
-    return {word for word in re.findall(r"\w+", text.lower()) if word not in SMALL_WORDS}
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def _turn(question: list[dict[str, Any]], answer: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    said = [_text(answer)] if isinstance(answer, str) else answer
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": said}]

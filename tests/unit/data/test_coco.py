@@ -83,6 +83,7 @@ def test_counts_and_boxes(made: Made, file_format: str) -> None:
         "boxes_clipped": 1,
         "boxes_crowd_left_out": 1,
         "boxes_without_area_left_out": 1,
+        "texts_cleaned": 0,
     }
     source = open_samples(made.folder / "out")
     first, second = source[0], source[1]
@@ -109,7 +110,7 @@ def test_command_line(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     (made.folder / "7.png").unlink()
     assert main(words) == 2
     message = capsys.readouterr().err
-    assert "7.png: the image does not exist" in message
+    assert "7.png: sample '7': the image does not exist" in message
     assert "Traceback" not in message
     assert main([*words, "--on-bad-sample", "skip"]) == 0
     assert "images bad left out                  1\n" in capsys.readouterr().out
@@ -137,7 +138,7 @@ def test_a_turned_picture_is_measured_as_it_is_shown(made: Made) -> None:
 
 def test_a_file_that_is_no_picture(made: Made) -> None:
     (made.folder / "7.png").write_text("no picture")
-    fault(made, "7.png: the image cannot be read")
+    fault(made, "7.png: sample '7': the image cannot be read")
 
 
 def test_annotations_of_unknown_images(made: Made) -> None:

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cloc_mllm.data.english import plural
 from cloc_mllm.data.scenes import generator
 from cloc_mllm.data.scenes.generator import SceneSource, generate_scenes
 from cloc_mllm.data.scenes.layout import overlap_of_smaller, sample_layout
 from cloc_mllm.data.scenes.objects import SceneObject
 from cloc_mllm.data.scenes.questions import Asker
 from cloc_mllm.data.scenes.render import paint, shape_mask
-from cloc_mllm.data.scenes.vocabulary import COLOURS, PRESETS, SHAPES, SIZES, heldout_pairs, plural
+from cloc_mllm.data.scenes.vocabulary import COLOURS, PRESETS, SHAPES, SIZES, heldout_pairs
 from cloc_mllm.errors import ClocError
 
 SINGULAR = {plural(shape): shape for shape in SHAPES}

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
+from cloc_mllm.data import messages
 from cloc_mllm.errors import ClocError
 from cloc_mllm.inference import predictor as module
 from cloc_mllm.inference import templates
@@ -31,7 +32,7 @@ def test_the_examples_in_the_docstrings_run(
     SCENES[0].save(tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
     ran = 0
-    for where, names in ((module, {"predictor": predictor}), (templates, {})):
+    for where, names in ((module, {"predictor": predictor}), (templates, {}), (messages, {})):
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
         for test in doctest.DocTestFinder().find(where, extraglobs=names):
             result = runner.run(test)
