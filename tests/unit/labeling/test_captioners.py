@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cloc_mllm.apps.exporters.llava import export_llava
 from cloc_mllm.errors import ClocError
+from cloc_mllm.labeling.captioners import transformers_model
 from cloc_mllm.labeling.captioners.fusion import Fusion
 from cloc_mllm.labeling.captioners.prompts import DESCRIBE, FUSE
 from cloc_mllm.labeling.checkpoints import checkpoint_identity, load_config
@@ -163,6 +164,19 @@ def test_number_format(checkpoints: Callable[[str], Path]) -> None:
         half = hf(checkpoints(kind), dtype="bfloat16")
         assert len(half(IMAGES, SAMPLES)) == len(IMAGES)
         assert half._model.dtype == torch.bfloat16
+
+
+def test_a_package_that_a_processor_needs_is_named(
+    checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen-VL's, which cannot be made without torchvision."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("\nVideoProcessor requires the Torchvision library\n")
+
+    monkeypatch.setattr(transformers_model.AutoProcessor, "from_pretrained", refuse)
+    with pytest.raises(ClocError, match="no processor can be loaded: VideoProcessor requires the Torchvision library"):
+        hf(checkpoints("llava"))
 
 
 def test_checkpoints_that_will_not_do(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
