@@ -93,8 +93,9 @@ class TransformersCaptioner:
             if self._config.model_type == "vision-encoder-decoder":  # its parts have no processor in common
                 return AutoImageProcessor.from_pretrained(self._path, **revision), self._load_tokenizer()
             processor = AutoProcessor.from_pretrained(self._path, **revision)
-        except (OSError, ValueError) as error:
-            raise ClocError(f"no processor can be loaded: {error}", file=self._path) from error
+        except (OSError, ValueError, ImportError) as error:  # some processors need torchvision and say so
+            reason = " ".join(str(error).split())
+            raise ClocError(f"no processor can be loaded: {reason}", file=self._path) from error
         if not isinstance(processor, ProcessorMixin) or getattr(processor, "tokenizer", None) is None:
             raise ClocError("the checkpoint has no processor for pictures and texts", file=self._path)
         return processor, processor.tokenizer
