@@ -42,7 +42,7 @@ class OwlOptions(DetectorOptions):
 
     Attributes:
         size: Side of the square that pictures are scaled to, in pixels; 448 is what VESL uses. None: the size that the
-            checkpoint was made for, 960 as a rule, at 4.6 times the cost.
+            checkpoint was made for, 960 as a rule, with 4.6 times the patches.
     """
 
     size: int | None = Field(448, gt=0)
