@@ -257,9 +257,20 @@ def _arrow_schema(conversations: bool) -> Any:
 
 
 def open_writer(
-    out: str | Path, file_format: str = "jsonl", name: str = "regions", copy_images: bool = False
+    out: str | Path,
+    file_format: str = "jsonl",
+    name: str = "regions",
+    copy_images: bool = False,
+    shard: int = _SHARD,
 ) -> SampleWriter:
     """A writer of the format called "jsonl", "parquet" or "webdataset".
+
+    Args:
+        out: Folder to write to.
+        file_format: One of `FORMATS`.
+        name: Name of the files without number and ending.
+        copy_images: With "jsonl", copy the pictures.
+        shard: Samples in a shard, of the other two.
 
     Raises:
         ClocError: There is no such format.
@@ -267,7 +278,7 @@ def open_writer(
     if file_format == "jsonl":
         return JsonlWriter(out, name, copy_images)
     if file_format == "parquet":
-        return ParquetWriter(out, name)
+        return ParquetWriter(out, name, shard)
     if file_format == "webdataset":
-        return WebDatasetWriter(out, name)
+        return WebDatasetWriter(out, name, shard)
     raise ClocError(f"unknown format '{file_format}'", remedy=f"Choose one of {', '.join(FORMATS)}.")

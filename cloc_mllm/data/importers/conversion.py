@@ -274,7 +274,7 @@ def _write_shard(source: Source, options: ConvertOptions, state: Path, number: i
     writer = (
         JsonlWriter(options.out, f"{_STATE}/lines-{number:05d}", options.copy_images)
         if options.file_format == "jsonl"
-        else open_writer(piece, options.file_format, "regions")
+        else open_writer(piece, options.file_format, shard=options.shard)
     )
     with writer:
         for image, facts, notes in index.images(number * options.shard, (number + 1) * options.shard):
