@@ -1,0 +1,1 @@
+"""Tests of VESL: captions, phrases, detections, filters."""
