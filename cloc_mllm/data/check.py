@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cloc_mllm.data.dataset import open_image
 from cloc_mllm.data.messages import Message, image_items, messages_of, problems_before_messages, with_mask_paths
-from cloc_mllm.data.readers import Sample, SampleSource, open_file, resolve_image, sample_name
+from cloc_mllm.data.readers import NOT_SAMPLES, Sample, SampleSource, open_file, resolve_image, sample_name
 from cloc_mllm.data.schema import (
     Problem,
     Size,
@@ -136,7 +136,7 @@ def checkable_files(path: str | Path) -> list[Path]:
         files = [
             file
             for file in sorted(path.glob(pattern))
-            if file.suffix in (".jsonl", ".parquet", ".tar", ".json") and file.name != "dataset.json"
+            if file.suffix in (".jsonl", ".parquet", ".tar", ".json") and file.name not in NOT_SAMPLES
         ]
         if files:
             return files

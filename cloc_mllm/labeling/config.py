@@ -25,7 +25,7 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StageOptions(_Block):
+class StageChoice(_Block):
     """One stage: which, with what options, how much at a time.
 
     Attributes:
@@ -65,9 +65,9 @@ class LabelConfig(_Block):
 
     source: str
     out: str
-    captioner: StageOptions = StageOptions(stage="existing")
-    phrases: StageOptions = StageOptions(stage="textblob", batch_size=256, gpus=0)
-    detector: StageOptions = StageOptions(stage="owlv2:google/owlv2-base-patch16-ensemble")
+    captioner: StageChoice = StageChoice(stage="existing")
+    phrases: StageChoice = StageChoice(stage="textblob", batch_size=256, gpus=0)
+    detector: StageChoice = StageChoice(stage="owlv2:google/owlv2-base-patch16-ensemble")
     filter: FilterOptions = FilterOptions()
     format: Literal["parquet", "webdataset", "jsonl"] = "parquet"
     shard: Positive = 1024
@@ -191,4 +191,4 @@ def _known(where: Sequence[Any]) -> list[str]:
     """The keys of a block."""
     if not where:
         return list(LabelConfig.model_fields)
-    return list(FilterOptions.__dataclass_fields__ if where[0] == "filter" else StageOptions.model_fields)
+    return list(FilterOptions.__dataclass_fields__ if where[0] == "filter" else StageChoice.model_fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -73,11 +72,6 @@ def put_in_place(piece: Path, target: Path) -> None:
     with piece.open("rb") as file:
         os.fsync(file.fileno())
     piece.replace(target)
-
-
-def digest(*values: Any) -> str:
-    """A short hash of plain data."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:

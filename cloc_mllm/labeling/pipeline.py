@@ -1,7 +1,7 @@
 """VESL from end to end: pictures → captions → phrases → detections → region-text shards, and a report.
 
-Everything goes shard by shard through the steps of `cloc_mllm.labeling.steps`, on the engine asked for. What has been
-done lies in `OUT/.label`; a run that was stopped in any way goes on from there when the same command is given again, and
+Everything goes shard by shard through the steps of `cloc_mllm.labeling.steps`, on the engine asked for. What is done
+lies in `OUT/.label`; a run that was stopped in any way goes on from there when the same command is given again, and
 ends in the same shards, byte for byte.
 """
 
@@ -68,6 +68,9 @@ def label(
         if part is None:
             locks.require("run")
         job = Job(config, plan_source(config.source, out / STATE))
+        if config.format == "jsonl" and any(file.endswith((".tar", ".parquet")) for file in job.plan.files):
+            remedy = "Write shards that hold them too: --format parquet or webdataset."
+            raise ClocError("JSON lines name pictures, and these are held in shards", file=config.source, remedy=remedy)
         _enter(job, locks, part, finish_only=finish_only)
         mine = range(job.shards)[part[0] :: part[1]] if part is not None else range(job.shards)
         if not finish_only and mine:

@@ -1,10 +1,12 @@
-"""What a labelling has made of the pictures, for a reader: `report.json`, `report.md` and a self-contained `report.html`."""
+"""What a labelling has made, for a reader: `report.json`, `report.md` and a self-contained `report.html`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from cloc_mllm.data.dataset import open_image
 from cloc_mllm.data.readers import Sample, data_files
@@ -103,8 +105,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# Labels of {_cell(report['source'])}",
         "",
-        f"{counts['samples_read']:,} samples read, {counts['samples_written']:,} written, {counts['samples_skipped']:,} "
-        f"left out; {counts['regions_written']:,} regions; boxes are {report['frame']}.",
+        f"{counts['samples_read']:,} samples read, {counts['samples_written']:,} written, "
+        f"{counts['samples_skipped']:,} left out; {counts['regions_written']:,} regions; boxes are {report['frame']}.",
         "",
     ]
     for title, (head, *rows) in tables(report).items():
@@ -123,25 +125,25 @@ def _cell(text: str) -> str:
 
 
 def _figures(out: Path) -> Iterator[tuple[str, Sample]]:
-    """Labelled pictures with their boxes drawn, evenly spread over the set; those with regions first choice."""
+    """Labelled pictures with their boxes drawn, evenly spread over the set."""
     files = data_files(out)
     chosen = files[:: max(1, len(files) // 4)][:4]
+    each = -(-_PICTURES // len(chosen))
     for file in chosen:
         shard = open_shard(str(file))
-        each = -(-_PICTURES // len(chosen))
-        shown = 0
-        step = max(1, len(shard) // each)
-        for number in range(0, len(shard), step):
+        for number in range(0, len(shard), max(1, len(shard) // each))[:each]:
             block = shard.block(number, number + 1)
             sample = block.sample(0)
-            if shown == each:
-                break
-            shown += 1
             picture = open_image(sample["image"], block.folder(0), str(file), str(sample["id"]))
-            scale = min(1.0, _SIDE / max(picture.size))
-            small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-            boxes = [
-                DrawnBox([value * scale for value in region["box"]], region["text"], PALETTE[k % len(PALETTE)])
-                for k, region in enumerate(sample["regions"])
-            ]
-            yield data_uri(draw_boxes(small, boxes), photograph=True), sample
+            yield data_uri(_drawn(picture, sample), photograph=True), sample
+
+
+def _drawn(picture: Image.Image, sample: Sample) -> Image.Image:
+    """A picture as the report shows it: no larger than it has to be, its regions' boxes and texts drawn."""
+    scale = min(1.0, _SIDE / max(picture.size))
+    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    boxes = [
+        DrawnBox([value * scale for value in region["box"]], region["text"], PALETTE[k % len(PALETTE)])
+        for k, region in enumerate(sample["regions"])
+    ]
+    return draw_boxes(small, boxes)

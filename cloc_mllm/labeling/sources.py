@@ -1,8 +1,8 @@
 """What is to be labelled: a folder of pictures, region-text data, or tar and Parquet shards; always in the same order.
 
 A source is planned once: which files, how many samples in each, and a fingerprint that changes with them. Any process
-then reads any range of its samples, holding a few at a time. A folder of pictures becomes a list of files on disk first,
-so that it is read like everything else, 16 bytes a picture in memory.
+then reads any range of its samples, holding a few at a time. A folder of pictures becomes a list of files on disk
+first, so that it is read like everything else, 16 bytes a picture in memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class SourcePlan:
         name: The source as it was given.
         files: Files of samples; of a folder of pictures, the list that was made of it.
         counts: Samples in each.
-        fingerprint: Hash of the files' names and sizes; of a folder of pictures, of theirs.
+        fingerprint: Hash of the files' names and sizes, of JSON also of what it says; of a folder of pictures, of
+            theirs.
         ignored: Files of a folder of pictures that are none, or hidden.
     """
 
@@ -71,6 +72,8 @@ def plan_source(source: str, state: Path) -> SourcePlan:
         digest, counts = hashlib.sha256(), []
         for file in files:
             digest.update(f"{os.path.basename(file)}\0{ByteFile(file).size}\n".encode("utf-8", "surrogateescape"))
+            if file.endswith((".jsonl", ".json")):
+                digest.update(_content_hash(file))
             counts.append(len(open_shard(file)))
         plan = SourcePlan(source, files, tuple(counts), digest.hexdigest())
     if not plan.total:
@@ -79,6 +82,15 @@ def plan_source(source: str, state: Path) -> SourcePlan:
         )
         raise ClocError("there is nothing to label", file=source, remedy=remedy)
     return plan
+
+
+def _content_hash(file: str) -> bytes:
+    """Of a file of texts, which may be edited without becoming longer."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as lines:
+        while block := lines.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
 
 
 def _is_picture(name: str) -> bool:
@@ -98,12 +110,13 @@ def _holds_pictures(source: str) -> bool:
 def _list_pictures(source: str, target: Path) -> SourcePlan:
     """Write the list of all pictures, sorted folder by folder, and count what is none."""
     digest, found, ignored = hashlib.sha256(), 0, 0
+    names: Iterator[tuple[str, bool]]
     if is_glob(source):
         from cloc_mllm.data.files import glob_files
 
         root, names = "", iter((os.path.abspath(file), True) for file in glob_files(source))
     elif os.path.isdir(source):
-        root, names = os.path.abspath(source), _walk(source)
+        root, names = os.path.abspath(source), _walk(source, target.parent.parent)
     else:
         ByteFile(source)  # says what is wrong if there is no such file
         root, names = os.path.dirname(os.path.abspath(source)), iter([(os.path.basename(source), True)])
@@ -116,19 +129,30 @@ def _list_pictures(source: str, target: Path) -> SourcePlan:
             shown = name if root else os.path.basename(name)
             record = {"id": shown.replace(os.sep, "/"), "image": path}
             file.write(json.dumps(record).encode() + b"\n")
-            digest.update(f"{shown}\0{os.path.getsize(path)}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{shown}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
             found += 1
     return SourcePlan(source, (str(target),), (found,), digest.hexdigest(), ignored)
 
 
-def _walk(folder: str) -> Iterator[tuple[str, bool]]:
-    """Every file below a folder in a fixed order, by its relative path, and whether it is a picture to be labelled."""
+def _size(path: str) -> int:
+    """Of a file; 0 of a link to nowhere, which is a bad sample and no reason to stop here."""
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return 0
+
+
+def _walk(folder: str, out: Path) -> Iterator[tuple[str, bool]]:
+    """Every file below a folder in a fixed order, by its relative path, and whether it is a picture to be labelled.
+
+    What lies in the output folder is passed over.
+    """
 
     def refuse(error: OSError) -> None:
         raise ClocError(f"cannot be listed: {error.strerror}", file=error.filename, remedy="Make it readable.")
 
     for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n).absolute() != out)
         for name in sorted(names):
             relative = os.path.relpath(os.path.join(place, name), folder)
             yield relative, _is_picture(name) and not name.startswith(".")

@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.labeling.config import LabelConfig, StageOptions
-from cloc_mllm.labeling.files import STATE, Record, digest, read_records, write_json, write_records
+from cloc_mllm.labeling.config import LabelConfig, StageChoice
+from cloc_mllm.labeling.files import STATE, Record, read_records, write_json, write_records
 from cloc_mllm.labeling.shard_output import done_marker, is_done, write_shard
 from cloc_mllm.labeling.sources import RawSample, SourcePlan, SourceReader, clean_text
+from cloc_mllm.labeling.stage_options import digest_of
 from cloc_mllm.labeling.stages import CAPTIONERS, DETECTORS, PHRASES, Detection, build_stage
 
 STEPS = ("source", "captions", "phrases", "detections", "shards")
@@ -58,7 +59,7 @@ class Job:
         start = shard * self.config.shard
         return start, min(start + self.config.shard, self.plan.total)
 
-    def stage_of(self, step: str) -> StageOptions:
+    def stage_of(self, step: str) -> StageChoice:
         """What was asked of the stage that a step calls."""
         config = self.config
         return {"captions": config.captioner, "phrases": config.phrases, "detections": config.detector}[step]
@@ -93,7 +94,7 @@ class Step:
             self._stage = build_stage(table, options.stage, device, options.options)
         identity = self._identity()
         before = {step: upstream[step] for step in STEPS[: STEPS.index(name)]}
-        self.keys = {**before, name: digest(name, _FORMAT, identity, before)}
+        self.keys = {**before, name: digest_of([name, _FORMAT, identity, before])}
         file = job.state / f"{name}-{self.keys[name]}" / "identity.json"
         if not file.exists():
             write_json(file, identity)

@@ -1,4 +1,4 @@
-"""`cloc-mllm label`: region-text labels for pictures, by captioning, phrase extraction and open-vocabulary detection."""
+"""`cloc-mllm label`: region-text labels for pictures, by captions, their phrases, and open-vocabulary detection."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def default_devices() -> list[str]:
 
 
 def default_workers(devices: Sequence[str]) -> int:
-    """One worker a GPU; on the processor one for each two cores: beside a model, pictures are decoded and files written."""
+    """One worker a GPU, or one for each two cores: they decode pictures and write files beside the model's work."""
     if devices[0].startswith("cpu"):
         return max(1, len(os.sched_getaffinity(0)) // 2)
     return len(devices)
