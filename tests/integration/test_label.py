@@ -40,9 +40,9 @@ def test_two_workers_write_what_one_does_and_a_death_is_told_with_its_shard(
     out = tmp_path / "out"
     with pytest.raises(ClocError, match=r"a worker died \(SIGKILL\) in step 'detections' on shard \d"):
         label(small_config(pictures, out, "workers=2", "detector.options.die_at=dog"), progress=False)
+    spoilt = write_pictures(tmp_path / "spoilt", COUNT)
+    (spoilt / "b" / "0000.png").write_bytes(b"nothing")
     with pytest.raises(ClocError, match=r"b/0000\.png"):
-        spoilt = write_pictures(tmp_path / "spoilt", COUNT)
-        (spoilt / "b" / "0000.png").write_bytes(b"nothing")
         label(small_config(spoilt, tmp_path / "bad", "workers=2"), progress=False)
     assert label(small_config(pictures, out, "workers=2"), progress=False) is not None
     assert output_bytes(out) == whole
@@ -56,14 +56,10 @@ def test_ray_writes_what_one_process_does(
     out = tmp_path / "out"
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
     try:
-        options = ("engine=ray", "ray_address=local")
-        assert label(small_config(pictures, out, *options), progress=False) is not None
+        config = small_config(pictures, out, "engine=ray", "ray_address=local")
+        assert label(config, progress=False) is not None
         assert output_bytes(out) == whole
-        (pictures / "spoilt.png").write_bytes(b"nothing")
-        with pytest.raises(ClocError, match=r"spoilt\.png.*not a picture"):
-            label(small_config(pictures, tmp_path / "bad", *options), progress=False)
     finally:
-        (pictures / "spoilt.png").unlink(missing_ok=True)
         ray.shutdown()
 
 
