@@ -49,6 +49,9 @@ class Command:
 COMMANDS = (
     Command("demo", "cloc_mllm.apps.commands.demo", "run the whole path once, from data to chat, and write a report"),
     Command("data", "cloc_mllm.apps.commands.data", "make procedural scenes, convert, check, describe data"),
+    Command(
+        "label", "cloc_mllm.apps.commands.label", "label pictures with region texts: captions, phrases, detections"
+    ),
     Command("train", "cloc_mllm.apps.commands.train", "explain a training preset: values, batch, what is frozen"),
     Command("eval", "cloc_mllm.apps.commands.evaluate", "score an encoder or an MLLM on a suite"),
     Command("assemble", "cloc_mllm.apps.commands.assemble", "put a tower and an LLM together into an untrained MLLM"),

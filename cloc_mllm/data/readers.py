@@ -274,6 +274,9 @@ _READERS: dict[str, Callable[[Path], SampleSource]] = {
 }
 
 
+NOT_SAMPLES = ("dataset.json", "report.json")
+"""Files of a data folder that speak of the samples and hold none."""
+
 SHARD_KINDS = (".parquet", ".tar")
 """Endings of files of which a data set has many."""
 
@@ -319,7 +322,7 @@ def data_files(path: str | Path, preferred: str = "regions.jsonl") -> list[Path]
     if splits:
         remedy = f"Name one of its splits: {', '.join(f'{path.name}/{split}' for split in splits)}."
         raise ClocError("is a data set of several splits", file=path, remedy=remedy)
-    lines = sorted([*path.glob("*.jsonl"), *(p for p in path.glob("*.json") if p.name != "dataset.json")])
+    lines = sorted([*path.glob("*.jsonl"), *(p for p in path.glob("*.json") if p.name not in NOT_SAMPLES)])
     if len(lines) == 1:
         return lines
     if not lines:

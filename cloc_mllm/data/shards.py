@@ -46,6 +46,8 @@ class SampleBlock(Protocol):
 class ShardReader(Protocol):
     """An open shard."""
 
+    def __len__(self) -> int: ...
+
     def block(self, start: int, stop: int) -> SampleBlock:
         """The samples from `start` up to `stop`."""
         ...
@@ -89,9 +91,7 @@ class ShardSet:
     def open(self, shard: int) -> ShardReader:
         """Open one shard, for one lane."""
         file = self.files[shard]
-        if file in self._sources:
-            return _SourceShard(self._sources[file])
-        return _ParquetShard(file) if file.endswith(".parquet") else TarFile(file)
+        return _SourceShard(self._sources[file]) if file in self._sources else open_shard(file)
 
     def where(self, shard: int, row: int) -> str:
         """File and place of a sample, for messages."""
@@ -100,6 +100,20 @@ class ShardSet:
             block = self.open(shard).block(row, row + 1)
             place = block.where(0)[1]
         return f"{self.files[shard]}: {place}"
+
+
+def open_shard(file: str) -> ShardReader:
+    """Open one file of samples on its own, of whatever kind; a tar shard on disk needs no index.
+
+    Args:
+        file: A .parquet, .tar, .jsonl or .json file.
+
+    Raises:
+        ClocError: It cannot be read.
+    """
+    if file.endswith(".parquet"):
+        return _ParquetShard(file)
+    return TarFile(file) if file.endswith(".tar") else _SourceShard(open_file(file))
 
 
 def write_missing_indexes(paths: Iterable[str | Path]) -> int:
@@ -125,6 +139,9 @@ class _SourceShard:
 
     def __init__(self, source: SampleSource) -> None:
         self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
 
     def block(self, start: int, stop: int) -> SampleBlock:
         return _SourceBlock(self._source, start, stop)
@@ -172,6 +189,9 @@ class _ParquetShard:
                 remedy="Write it anew with row groups of some hundred rows (`row_group_size=128` in pyarrow).",
             )
         self._last: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return self.rows
 
     def block(self, start: int, stop: int) -> SampleBlock:
         first = int(np.searchsorted(self._starts, start, side="right")) - 1

@@ -265,6 +265,13 @@ def open_writer(
 ) -> SampleWriter:
     """A writer of the format called "jsonl", "parquet" or "webdataset"; the latter two have `shard` samples a file.
 
+    Args:
+        out: Folder to write to.
+        file_format: One of `FORMATS`.
+        name: Name of the files without number and ending.
+        copy_images: With "jsonl", copy the pictures.
+        shard: Samples in a shard, of the other two.
+
     Raises:
         ClocError: There is no such format.
     """

@@ -122,7 +122,8 @@ def build_stage(
 
     Args:
         table: `CAPTIONERS`, `PHRASES` or `DETECTORS`.
-        spec: `name` or `name:argument`; the argument is a model's folder or hub name, or an address.
+        spec: `name` or `name:argument`; the argument is a model's folder or hub name, or an address. A name with a dot
+            in it is a module of one's own that has `build` (`my_stages.blip:large`).
         device: Where its model runs.
         options: Further options of that stage; it refuses those it does not know.
 
@@ -133,6 +134,22 @@ def build_stage(
         ClocError: There is no such stage, or it cannot be built (a missing package, model or option).
     """
     name, _, argument = spec.partition(":")
-    if name not in table:
-        raise ClocError(f"there is no '{name}' here", remedy=f"There are: {', '.join(table)}.")
-    return importlib.import_module(table[name]).build(name, argument or None, device, dict(options or {}))
+    if name not in table and "." not in name:
+        remedy = f"There are: {', '.join(table)}; or name a module of your own, as in my_stages.blip."
+        raise ClocError(f"there is no '{name}' here", remedy=remedy)
+    return _module(table, name).build(name, argument or None, device, dict(options or {}))
+
+
+def _module(table: Mapping[str, str], name: str) -> Any:
+    """The module of a stage's name, or the one that the name is."""
+    if name in table:
+        return importlib.import_module(table[name])
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        raise ClocError(f"there is no module '{name}'", remedy="Put its folder on PYTHONPATH.") from error
+    if not hasattr(module, "build"):
+        raise ClocError(f"the module '{name}' has no build(name, argument, device, options)", file=module.__file__)
+    return module

@@ -31,7 +31,16 @@ from cloc_mllm.data.inspection.pictures import (
     path_key,
 )
 from cloc_mllm.data.inspection.tally import Place, Tally, TallyOptions
-from cloc_mllm.data.readers import JsonLines, JsonList, Sample, SampleSource, open_file, resolve_image, sample_name
+from cloc_mllm.data.readers import (
+    NOT_SAMPLES,
+    JsonLines,
+    JsonList,
+    Sample,
+    SampleSource,
+    open_file,
+    resolve_image,
+    sample_name,
+)
 from cloc_mllm.data.schema import Problem
 from cloc_mllm.errors import ClocError
 
@@ -171,7 +180,7 @@ def checkable_files(path: str | Path) -> list[Path]:
         files = [
             file
             for file in sorted(path.glob(pattern))
-            if file.suffix in (".jsonl", ".parquet", ".tar", ".json") and file.name != "dataset.json"
+            if file.suffix in (".jsonl", ".parquet", ".tar", ".json") and file.name not in NOT_SAMPLES
         ]
         if files:
             return files
