@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cloc_mllm.evaluation.metrics import box_ious
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -18,7 +19,6 @@ from torch import nn
 from torch.nn import functional
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.metrics import box_ious
 from cloc_mllm.labeling.detectors import imagenet_nouns
 from cloc_mllm.labeling.detectors.class_activation import (
     ClassActivationDetector,

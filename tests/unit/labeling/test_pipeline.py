@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.dataset import RegionTextDataset, open_image
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.data.writers import open_writer
 from cloc_mllm.errors import ClocError

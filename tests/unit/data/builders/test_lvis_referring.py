@@ -12,9 +12,9 @@ import pytest
 
 from cloc_mllm.apps.cli import main
 from cloc_mllm.data.builders.lvis_referring import ReferringOptions, build_lvis_referring
-from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.importers.coco import clipped_outline
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.region_shapes import read_mask
 from tests.builders import noise_image

@@ -18,9 +18,9 @@ from cloc_mllm.data.builders.absent import Vocabulary
 from cloc_mllm.data.builders.templates import WORDINGS
 from cloc_mllm.data.builders.tuning import BuildOptions, build_conversations
 from cloc_mllm.data.builders.turns import KINDS, Choices
-from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.english import content_words, without_article
+from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import InMemory, open_samples
 from cloc_mllm.errors import ClocError
 from cloc_mllm.models.answer_text import absent_phrases
