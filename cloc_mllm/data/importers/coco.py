@@ -99,6 +99,7 @@ class CocoSource(Source):
     def events(self, counts: Counter[str]) -> Iterator[Event]:
         """Read each file once."""
         names: dict[str, str] = {}
+        frequency: dict[str, str] = {}
         used: set[int] = set()
         for name, item in stream_lists(self.instances, ("images", "annotations", "categories")):
             with reading(self.instances, name, item):
@@ -106,6 +107,8 @@ class CocoSource(Source):
                     yield "image", item["id"], self._facts(item)
                 elif name == "categories":
                     names[str(item["id"])] = self.category_name(item)
+                    if "frequency" in item:
+                        frequency[str(item["id"])] = str(item["frequency"])
                 elif item.get("iscrowd"):
                     counts["boxes_crowd_left_out"] += 1
                 else:
@@ -118,6 +121,7 @@ class CocoSource(Source):
             )
         counts["categories"] = len(names)
         yield "about", "categories", names
+        yield "about", "frequency", frequency
         if self.captions is not None:
             yield from self._captions(self.captions, counts)
 

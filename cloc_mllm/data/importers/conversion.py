@@ -369,6 +369,11 @@ def _report(source: Source, options: ConvertOptions, listed: int, counts: Counte
         "files": [file.name for file in source.files],
         "counts": shown,
     }
+    if names := source.about.get("categories"):
+        rarity = source.about.get("frequency") or {}
+        result["categories"] = [
+            {"name": name} | ({"frequency": rarity[key]} if key in rarity else {}) for key, name in names.items()
+        ]
     for split, wanted in source.expected.items():
         if split in source.files[0].name:
             wrong = {k: f"{shown[k]:,} instead of {n:,}" for k, n in wanted.items() if shown.get(k) != n}

@@ -35,7 +35,7 @@ class DatasetRef:
         split: The split's own name, as in ``test``.
         n: How many of its samples were used.
         total: How many samples the split has.
-        seed: Of the draw, where n < total.
+        seed: Of the draw, where one was made.
         unit: What a sample is.
     """
 
@@ -43,7 +43,7 @@ class DatasetRef:
     split: str
     n: int
     total: int
-    seed: int = 0
+    seed: int | None = 0
     unit: str = "images"
 
     def __post_init__(self) -> None:
@@ -57,7 +57,8 @@ class DatasetRef:
         """The split's name if all of it was used, else a name that says it was not."""
         if self.n == self.total:
             return self.split
-        return f"{self.split} subset ({self.n} of {self.total} {self.unit}, seed {self.seed})"
+        drawn = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.split} subset ({self.n} of {self.total} {self.unit}{drawn})"
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the report's ``dataset`` entry; ``split`` is :attr:`label`."""
