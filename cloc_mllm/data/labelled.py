@@ -25,6 +25,7 @@ class LabelledImages:
     Attributes:
         classes: Names of the classes, sorted.
         labels: The class of each image, as its place in `classes`.
+        total: How many images there are, taken or not.
 
     Raises:
         ClocError: There is nothing there, a class has no picture, or a sample names no class.
@@ -40,6 +41,7 @@ class LabelledImages:
             raise ClocError(f"holds {len(self.classes)} classes: at least two are needed to tell apart", file=self.path)
         number = {name: k for k, name in enumerate(self.classes)}
         named.sort(key=lambda item: item[0])
+        self.total = len(named)
         count = len(named) if most is None else min(most, len(named))
         taken = [named[k * len(named) // count] for k in range(count)]
         self.labels = [number[name] for name, *_ in taken]

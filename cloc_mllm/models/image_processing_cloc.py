@@ -105,6 +105,7 @@ class ClocImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
+    resample = Image.Resampling.BICUBIC
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class ClocImageProcessor(BaseImageProcessor):
         """One RGB image as a ``(size, size, 3)`` uint8 array of the model frame."""
         place = self.geometry(*image.size)
         if image.size != (place.scaled_width, place.scaled_height):
-            image = image.resize((place.scaled_width, place.scaled_height), Image.Resampling.BICUBIC)
+            image = image.resize((place.scaled_width, place.scaled_height), self.resample)
         if (place.scaled_width, place.scaled_height) == (self.size, self.size):
             return np.asarray(image)
         frame = np.empty((self.size, self.size, 3), dtype=np.uint8)

@@ -109,6 +109,7 @@ class CocoSource(Source):
         """Read each file once."""
         names: dict[str, str] = {}
         synonyms: dict[str, list[str]] = {}
+        frequency: dict[str, str] = {}
         used: set[int] = set()
         for name, item in stream_lists(self.instances, ("images", "annotations", "categories")):
             with reading(self.instances, name, item):
@@ -117,6 +118,8 @@ class CocoSource(Source):
                 elif name == "categories":
                     names[str(item["id"])] = self.category_name(item)
                     synonyms[str(item["id"])] = self.synonyms(item)
+                    if "frequency" in item:
+                        frequency[str(item["id"])] = str(item["frequency"])
                 elif item.get("iscrowd"):
                     counts["boxes_crowd_left_out"] += 1
                 else:
@@ -132,6 +135,7 @@ class CocoSource(Source):
         counts["categories"] = len(names)
         yield "about", "categories", names
         yield "about", "synonyms", synonyms
+        yield "about", "frequency", frequency
         if self.captions is not None:
             yield from self._captions(self.captions, counts)
 

@@ -334,6 +334,11 @@ def _report(source: Source, options: ConvertOptions, listed: int, counts: Counte
         "files": [file.name for file in source.files],
         "counts": shown,
     }
+    if names := source.about.get("categories"):
+        rarity = source.about.get("frequency") or {}
+        result["categories"] = [
+            {"name": name} | ({"frequency": rarity[key]} if key in rarity else {}) for key, name in names.items()
+        ]
     for split, wanted in source.expected.items():
         if split in source.files[0].name:
             result |= compared(source.files[0], f"{source.kind} {split}", split, wanted, shown)

@@ -18,6 +18,7 @@ from cloc_mllm.evaluation.scoring.metrics import (
     box_ious,
     class_mean_metric,
     mean_metric,
+    misplaced,
     pointing_hits,
     recall_hits,
     top1_hits,
@@ -260,21 +261,36 @@ def all_captions(split: RegionSplit) -> list[str]:
     return [caption for of_image in split.captions for caption in of_image]
 
 
-def image_metrics(embeds: torch.Tensor, split: RegionSplit, bank: TextBank, settings: EncoderSettings) -> Metrics:
-    """R@1 both ways. Identical captions are one item: one place in the gallery, and right for all of their images."""
+def image_metrics(
+    embeds: torch.Tensor, split: RegionSplit, bank: TextBank, settings: EncoderSettings, recalls: Sequence[int] = (1,)
+) -> Metrics:
+    """R@k of images and captions both ways, over all of the split.
+
+    Identical captions are one item: one place in the gallery, and right for all of their images. An image is right if
+    any of its captions is among the best k.
+
+    Args:
+        embeds: ``(B, D)`` of the images.
+        split: Whose captions are right for whose images.
+        bank: Holds the captions.
+        settings: The seed of the intervals.
+        recalls: Each k.
+    """
     captions = all_captions(split)
     distinct = list(dict.fromkeys(captions))
     row = {caption: k for k, caption in enumerate(distinct)}
     right = np.zeros((len(split.captions), len(distinct)), dtype=bool)
     for image, some in enumerate(split.captions):
         right[image, [row[caption] for caption in some]] = True
-    i2t = recall_hits(similarity_of(embeds, bank[distinct]), right)
-    t2i = recall_hits(similarity_of(bank[distinct], embeds), right.T)
-    asked = [split.ids[k] for k, some in enumerate(split.captions) for _ in some]
-    return {
-        "image_i2t_r1": mean_metric(i2t, split.ids, seed=settings.seed),
-        "image_t2i_r1": mean_metric(t2i[[row[caption] for caption in captions]], asked, seed=settings.seed),
-    }
+    similarity = similarity_of(embeds, bank[distinct])
+    i2t = misplaced(similarity, right)
+    t2i = misplaced(similarity.T, right.T)[[row[caption] for caption in captions]]
+    asked = [number for number, some in enumerate(split.captions) for _ in some]
+    found: Metrics = {}
+    for k in recalls:
+        found[f"image_i2t_r{k}"] = mean_metric(i2t < k, range(len(split.ids)), seed=settings.seed)
+        found[f"image_t2i_r{k}"] = mean_metric(t2i < k, asked, seed=settings.seed)
+    return found
 
 
 def _naming_metrics(

@@ -9,14 +9,13 @@ test can hand it an oracle.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import CLIPVisionModel, SiglipVisionModel
 
@@ -24,6 +23,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.models.geometry import Geometry
 from cloc_mllm.models.modeling_cloc import ClocModel
 from cloc_mllm.models.processing_cloc import ClocProcessor
+from cloc_mllm.training.pretraining.encoder import load_any_encoder
 
 Box = Sequence[float]
 
@@ -45,7 +45,7 @@ class EncodedImages:
         geometries: (B,) original to model frame.
         embeds: (B, D) whole-image embeddings, L2-normalised.
         tokens: (B, N, width) the tower's tokens before pooling and projection.
-        patches: (B, side * side, D) patch tokens in the shared space, not normalised.
+        patches: (B, side * side, D) patch tokens in the shared space, not normalised; None for towers without.
         values: The same of the last layer's values alone; None for towers that cannot be read so.
     """
 
@@ -54,28 +54,58 @@ class EncodedImages:
     geometries: Sequence[Geometry]
     embeds: torch.Tensor
     tokens: torch.Tensor
-    patches: torch.Tensor
+    patches: torch.Tensor | None
     values: torch.Tensor | None = None
 
     def dense(self, source: str) -> torch.Tensor:
         """Return ``patches`` (source ``roi``) or ``values`` (source ``value``).
 
         Raises:
-            ClocError: The tower has no values to read.
+            ClocError: The tower cannot be read so.
         """
         found = self.patches if source == "roi" else self.values
         if found is None:
-            raise ClocError("this tower cannot be read through its last layer's values: it is no CLIP tower")
+            raise ClocError(f"this tower cannot be read by '{source}': its patches do not lead to the shared space so")
         return found
 
 
 class Encoder(Protocol):
-    """What the suites need of an encoder."""
+    """What the suites need of an encoder, whoever made it.
+
+    Attributes:
+        name: What reports call it.
+        methods: The ways its regions can be read, its own first; see :func:`build_readouts`.
+        why_not: For the other ways, why they make no sense here.
+        preprocessing: How whole images are prepared, in words.
+    """
 
     name: str
+    methods: list[str]
+    why_not: dict[str, str]
+    preprocessing: str
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of the cosine that the model was trained with: for regions if it has one for them."""
+        ...
+
+    @property
+    def bias(self) -> float | None:
+        """What the sigmoid loss added to that; None for models trained with the softmax."""
+        ...
 
     def encode_images(self, pictures: Sequence[Image.Image], ids: Sequence[str]) -> EncodedImages:
-        """Encode RGB images."""
+        """Encode RGB images, placed whole in the model's frame so that no box is cut off."""
+        ...
+
+    def embed_images(self, pictures: Sequence[Image.Image], ids: Sequence[str], framed: bool = False) -> torch.Tensor:
+        """Embed whole RGB images: ``(B, D)``, L2-normalised.
+
+        Args:
+            pictures: The images.
+            ids: What to call them in messages.
+            framed: Prepare them as ``encode_images`` does, instead of in the model's own way (CLIP's crops).
+        """
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -108,29 +138,41 @@ class ClocEncoder:
         model: The encoder; put into eval mode.
         processor: The processor saved beside it.
         name: What reports call it.
+        own_images: Turns RGB images into pixel values as the checkpoint's makers did, where that is not the frame.
+        preprocessing: What ``own_images`` does, in words.
     """
 
-    def __init__(self, model: ClocModel, processor: ClocProcessor, name: str) -> None:
+    def __init__(
+        self,
+        model: ClocModel,
+        processor: ClocProcessor,
+        name: str,
+        own_images: Callable[[list[Image.Image]], torch.Tensor] | None = None,
+        preprocessing: str | None = None,
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.name = name
+        self.own_images = own_images
+        frame = processor.image_processor
+        self.preprocessing = preprocessing or f"resize_mode {frame.resize_mode} to {frame.size} pixels"
+        patchwise = ["roi", "crop", *(["value"] if self.is_clip_tower else [])]
+        self.methods = [*([] if model.prompter is None else ["prompter"]), *patchwise]
+        self.why_not = {
+            "prompter": "this encoder has no Prompter, so it cannot be read through one",
+            "value": "this tower pools by attention over all its patches, which were all trained to be read: 'roi' "
+            "already sends each alone through the values of that pooling head",
+        }
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], device: str | None = None) -> ClocEncoder:
-        """Load a checkpoint folder, whatever it is called.
+        """Load an encoder of this package; see :func:`cloc_mllm.evaluation.encoders.loading.load_encoder` for others.
 
         Raises:
             ClocError: The folder holds no encoder that can be loaded.
         """
-        try:
-            model, info = ClocModel.from_pretrained(path, output_loading_info=True)
-            processor = ClocProcessor.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ClocError(f"cannot load this encoder ({error})", file=path) from error
-        for problem in ("missing", "unexpected"):
-            if names := sorted(info[f"{problem}_keys"]):
-                raise ClocError(f"cannot load this encoder ({len(names)} weights {problem}: {names[0]}, …)", file=path)
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, str(path))
+        model, processor = load_any_encoder(str(path))
+        return cls(model.to(default_device(device)), processor, str(path))
 
     @property
     def scale(self) -> float:
@@ -138,6 +180,21 @@ class ClocEncoder:
         learned = self.model.region_logit_scale
         learned = self.model.logit_scale if learned is None else learned
         return float(learned.detach().float().clamp(max=self.model.config.logit_scale_max).exp())
+
+    @property
+    def bias(self) -> float | None:
+        """What the sigmoid loss added to the scaled cosine: for regions if there is one for them."""
+        learned = self.model.region_logit_bias
+        learned = self.model.logit_bias if learned is None else learned
+        return None if learned is None else float(learned.detach())
+
+    @torch.no_grad()
+    def embed_images(self, pictures: Sequence[Image.Image], ids: Sequence[str], framed: bool = False) -> torch.Tensor:
+        """Embed whole RGB images; see :class:`Encoder`."""
+        own = None if framed else self.own_images
+        pixels = own(list(pictures)) if own else self.processor.image_processor(list(pictures))["pixel_values"]
+        embeds = self.model.get_image_features(pixels.to(self.model.device)).pooler_output
+        return functional.normalize(embeds.float(), dim=-1)
 
     @torch.no_grad()
     def encode_images(self, pictures: Sequence[Image.Image], ids: Sequence[str]) -> EncodedImages:
@@ -244,13 +301,13 @@ class CropReadout:
             crop_box(picture, box) for picture, of_image in zip(images.pictures, boxes, strict=True) for box in of_image
         ]
         parts = [
-            self.encoder.encode_images(part, [str(number) for number in range(len(part))]).embeds
+            self.encoder.embed_images(part, [str(number) for number in range(len(part))], framed=True)
             for part in (crops[start : start + _CROP_BATCH] for start in range(0, len(crops), _CROP_BATCH))
         ]
         return torch.cat(parts) if parts else images.embeds[:0]
 
 
-def build_readouts(encoder: ClocEncoder, names: Sequence[str] | None = None) -> list[RegionReadout]:
+def build_readouts(encoder: Encoder, names: Sequence[str] | None = None) -> list[RegionReadout]:
     """Make read-outs by name.
 
     Args:
@@ -261,23 +318,23 @@ def build_readouts(encoder: ClocEncoder, names: Sequence[str] | None = None) -> 
     Raises:
         ClocError: A name is unknown, or the encoder cannot be read so.
     """
-    has_prompter = encoder.model.prompter is not None
-    known: dict[str, RegionReadout] = {"roi": RoiReadout("roi"), "crop": CropReadout(encoder)}
-    if encoder.is_clip_tower:
-        known["value"] = RoiReadout("value")
-    if has_prompter:
-        known["prompter"] = PrompterReadout(encoder)
-    wanted = list(names) if names else (["prompter", "roi"] if has_prompter else [*known])
-    if "prompter" in wanted and not has_prompter:
-        raise ClocError(
-            "this encoder has no Prompter, so it cannot be read through one",
-            file=encoder.name,
-            remedy="Use --method roi, value or crop.",
-        )
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise ClocError(f"there is no read-out '{unknown[0]}'", remedy=f"Choose one of {', '.join(known)}.")
-    return [known[name] for name in wanted]
+    own = [name for name in ("prompter", "roi") if name in encoder.methods]
+    found: list[RegionReadout] = []
+    for name in names or (own if "prompter" in own else encoder.methods):
+        if name not in encoder.methods:
+            problem = encoder.why_not.get(name, f"there is no read-out '{name}'")
+            raise ClocError(problem, file=encoder.name, remedy=f"Choose one of {', '.join(encoder.methods)}.")
+        if name == "prompter":
+            assert isinstance(encoder, ClocEncoder)
+            found.append(PrompterReadout(encoder))
+        else:
+            found.append(CropReadout(encoder) if name == "crop" else RoiReadout(name))
+    return found
+
+
+def default_device(device: str | None) -> str:
+    """Return the device asked for, or a GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _LastLayerInput:

@@ -22,6 +22,7 @@ from cloc_mllm.data.readers import sample_name
 from cloc_mllm.data.scenes.language import words
 from cloc_mllm.data.schema import raise_first, region_text_problems
 from cloc_mllm.errors import ClocError
+from cloc_mllm.evaluation.reporting.known_splits import known_total, set_facts
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 
 CLASS_ATTRIBUTES = ("texture", "colour", "shape")
@@ -84,16 +85,24 @@ def draw(total: int, limit: int | None, seed: int) -> list[int]:
 
 
 def load_region_split(
-    path: str | PathLike[str], *, name: str | None = None, split: str = "all", limit: int | None = None, seed: int = 0
+    path: str | PathLike[str],
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    kind: str | None = None,
 ) -> RegionSplit:
     """Read the texts and boxes of region-text data.
 
     Args:
         path: A folder with ``regions.jsonl`` or Parquet files, or such a file.
         name: What to call the data; default the folder's or file's name.
-        split: The split's name.
+        split: The split's name; default what ``dataset.json`` says, or ``all``. If it is a known one, the images are
+            counted against those it has.
         limit: Use so many images, drawn with ``seed``, instead of all.
         seed: Of that draw.
+        kind: The public set that this is; default what ``dataset.json`` says.
 
     Raises:
         ClocError: The data cannot be read, or a sample breaks the schema.
@@ -112,8 +121,37 @@ def load_region_split(
         for region, unique in zip(sample["regions"], unique_regions(sample["regions"]), strict=True):
             box = tuple(float(value) for value in region["box"])
             regions.append(Region(number, box, region["text"], unique, dict(region.get("attributes") or {})))  # type: ignore[arg-type]
-    ref = DatasetRef(name or Path(path).resolve().name, split, len(rows), len(dataset), seed, path=str(path))
+    drawn = seed if len(rows) < len(dataset) else None
+    ref = dataset_ref(path, split, len(rows), len(dataset), name=name, seed=drawn, kind=kind)
     return RegionSplit(ref, ids, captions, sizes, regions, dataset, rows)
+
+
+def dataset_ref(
+    path: str | PathLike[str],
+    split: str | None,
+    used: int,
+    present: int,
+    *,
+    name: str | None = None,
+    seed: int | None = None,
+    kind: str | None = None,
+) -> DatasetRef:
+    """Name what was used of a set: its images are counted against a known split's, if it is one.
+
+    Args:
+        path: The data.
+        split: The split's name; default what ``dataset.json`` says, or ``all``.
+        used: Images measured on.
+        present: Images in the data.
+        name: What to call them; default the folder's or file's name.
+        seed: Of the draw, if one was made.
+        kind: The public set that this is; default what ``dataset.json`` says.
+    """
+    facts = set_facts(path)
+    split = split or str(facts.get("split") or "all")
+    kind = kind or facts.get("kind")
+    total = known_total(kind, split, present)
+    return DatasetRef(name or Path(path).resolve().name, split, used, total, seed, path=str(path), kind=kind)
 
 
 @dataclass(frozen=True)

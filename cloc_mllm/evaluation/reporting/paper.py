@@ -127,7 +127,7 @@ def _fits(column: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
     return (
         report["suite"] == column["suite"]
         and (report["metrics"].get(column["metric"]) or {}).get("value") is not None
-        and re.search(column["set"], str(dataset["name"]), re.IGNORECASE) is not None
+        and re.search(column["set"], f"{dataset.get('kind', '')} {dataset['name']}", re.IGNORECASE) is not None
         and ("split" not in column or split.lower() == column["split"].lower())
     )
 

@@ -35,18 +35,20 @@ class DatasetRef:
         split: The split's own name, as in ``test``.
         n: How many of its samples were used.
         total: How many samples the split has.
-        seed: Of the draw, where n < total.
+        seed: Of the draw, where one was made.
         unit: What a sample is.
         path: Where the samples were read, if they can be opened again for their pictures.
+        kind: The public set that this is (a part of), as ``data convert`` calls it, if it is known.
     """
 
     name: str
     split: str
     n: int
     total: int
-    seed: int = 0
+    seed: int | None = 0
     unit: str = "images"
     path: str | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.total:
@@ -59,7 +61,8 @@ class DatasetRef:
         """The split's name if all of it was used, else a name that says it was not."""
         if self.n == self.total:
             return self.split
-        return f"{self.split} subset ({self.n} of {self.total} {self.unit}, seed {self.seed})"
+        drawn = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.split} subset ({self.n} of {self.total} {self.unit}{drawn})"
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the report's ``dataset`` entry; ``split`` is :attr:`label`."""
@@ -70,7 +73,8 @@ class DatasetRef:
             "of": self.total,
             "unit": self.unit,
         }
-        return found if self.path is None else {**found, "path": self.path}
+        known = {"path": self.path, "kind": self.kind}
+        return {**found, **{key: value for key, value in known.items() if value is not None}}
 
 
 def versions() -> dict[str, str]:

@@ -79,35 +79,39 @@ def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
 # --- hits: one boolean an item -----------------------------------------------------------------------------------
 
 
-def top1_hits(scores: ArrayLike, targets: ArrayLike) -> NDArray[np.bool_]:
-    """Tell for each row whether the true class has strictly the highest score.
+def topk_hits(scores: ArrayLike, targets: ArrayLike, k: int = 1) -> NDArray[np.bool_]:
+    """Tell for each row whether the true class is among the k highest scores.
 
     Args:
         scores: (N, C) similarity of each item to each class.
         targets: (N,) index of the true class.
+        k: How many places count.
 
     Returns:
-        (N,) booleans; a tie with another class is a miss.
+        (N,) booleans; ties with other classes count against the true one, so with k = 1 a tie is a miss.
 
     Raises:
         ValueError: A score is not finite, or the shapes do not fit.
     """
-    table = _finite(scores, "scores")
+    table = np.asarray(scores)
     truth = np.asarray(targets, dtype=np.int64)
     if table.ndim != 2 or truth.shape != (len(table),):
         raise ValueError(f"scores must be (N, C) and targets (N,), not {table.shape} and {truth.shape}")
-    rows = np.arange(len(table))
-    own = table[rows, truth]
-    others = table.copy()
-    others[rows, truth] = -np.inf
-    return own > others.max(axis=1, initial=-np.inf)
+    hits = np.zeros(len(table), dtype=bool)
+    for start in range(0, len(table), _ROWS):
+        part = _finite(table[start : start + _ROWS], "scores")
+        own = np.take_along_axis(part, truth[start : start + _ROWS, None], axis=1)
+        hits[start : start + _ROWS] = (part >= own).sum(axis=1) <= k  # the true class itself is one of them
+    return hits
+
+
+def top1_hits(scores: ArrayLike, targets: ArrayLike) -> NDArray[np.bool_]:
+    """Tell for each row whether the true class has strictly the highest score; see :func:`topk_hits`."""
+    return topk_hits(scores, targets, 1)
 
 
 def recall_hits(similarity: ArrayLike, relevant: ArrayLike, k: int = 1) -> NDArray[np.bool_]:
-    """Tell for each query whether one of its right answers is among the best k of the gallery.
-
-    A query may have several right answers (identical captions belong to the same item): the best-placed counts, and
-    right answers do not push each other down. Ties count against the query.
+    """Tell for each query whether one of its right answers is among the best k of the gallery; see :func:`misplaced`.
 
     Args:
         similarity: (Q, G) score of each gallery item for each query.
@@ -116,6 +120,22 @@ def recall_hits(similarity: ArrayLike, relevant: ArrayLike, k: int = 1) -> NDArr
 
     Returns:
         (Q,) booleans.
+    """
+    return misplaced(similarity, relevant) < k
+
+
+def misplaced(similarity: ArrayLike, relevant: ArrayLike) -> NDArray[np.int64]:
+    """Count for each query the wrong gallery items before its best right one; R@k is a hit if these are fewer than k.
+
+    A query may have several right answers (identical captions belong to the same item): the best-placed counts, and
+    right answers do not push each other down. Ties count against the query.
+
+    Args:
+        similarity: (Q, G) score of each gallery item for each query.
+        relevant: (Q, G) boolean, which gallery items are right; see :func:`same_item`.
+
+    Returns:
+        (Q,) counts.
 
     Raises:
         ValueError: A query has no right answer, a score is not finite, or the shapes differ.
@@ -127,12 +147,12 @@ def recall_hits(similarity: ArrayLike, relevant: ArrayLike, k: int = 1) -> NDArr
     orphans = ~right.any(axis=1)
     if orphans.any():
         raise ValueError(f"{int(orphans.sum())} queries have no right answer in the gallery")
-    hits = np.zeros(len(table), dtype=bool)
+    counts = np.zeros(len(table), dtype=np.int64)
     for start in range(0, len(table), _ROWS):
         part, good = _finite(table[start : start + _ROWS], "similarity"), right[start : start + _ROWS]
         best = np.where(good, part, -np.inf).max(axis=1, initial=-np.inf)
-        hits[start : start + _ROWS] = (~good & (part >= best[:, None])).sum(axis=1) < k
-    return hits
+        counts[start : start + _ROWS] = (~good & (part >= best[:, None])).sum(axis=1)
+    return counts
 
 
 def same_item(query_items: Sequence[Hashable], gallery_items: Sequence[Hashable]) -> NDArray[np.bool_]:

@@ -39,6 +39,8 @@ SUITES: dict[str, Suite] = {
     for suite in (
         Suite("scenes", "procedural scenes: encoders by region and phrase, MLLMs by question", f"{_HERE}.scenes"),
         Suite("region", "encoders: recognition and retrieval of regions on any region-text data", f"{_HERE}.region"),
+        Suite("image", "encoders: zero-shot classification of images, or retrieval with captions", f"{_HERE}.image"),
+        Suite("detection", "encoders: open-vocabulary detection, COCO's and LVIS's AP", f"{_HERE}.detection"),
     )
 }
 

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cloc_mllm.data.prompt_templates import templates_of
+from cloc_mllm.errors import ClocError
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -242,18 +245,18 @@ class ZeroShotOptions(Block):
     """Images with a class each, classified by the names of their classes at every validation."""
 
     path: str = Field(description="a folder with a folder of pictures a class, or samples with 'image' and 'label'")
-    templates: list[str] = option(["a photo of a {}."], "texts of a class, averaged; {} is its name")
+    templates: list[str] = option(
+        ["a photo of a {}."], "texts of a class, averaged; {} is its name; or 'imagenet' for CLIP's 80"
+    )
     samples: Positive | None = option(1000, "images classified, spread evenly over the classes; null: all")
 
-    @field_validator("templates")
+    @field_validator("templates", mode="before")
     @classmethod
-    def _place_the_name(cls, value: list[str]) -> list[str]:
-        for template in value:
-            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
-                raise ValueError(f"the template '{template}' must hold {{}} once, where the class's name goes")
-        if not value:
-            raise ValueError("give at least one template")
-        return value
+    def _place_the_name(cls, value: Any) -> list[str]:
+        try:
+            return list(templates_of(value))
+        except (ClocError, TypeError) as error:
+            raise ValueError(str(error)) from error
 
 
 class SourceOptions(Block):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from cloc_mllm.data.files import may_be_hub_name
@@ -194,7 +195,7 @@ def load_encoder(path: str | Path, *, want_prompter: bool | None = None) -> tupl
     try:
         model, info = ClocModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         processor = ClocProcessor.from_pretrained(path)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ClocError(f"cannot be loaded as an encoder: {error}", file=path) from error
     require_complete(info, path)
     if want_prompter is not None and want_prompter != (model.prompter is not None):
@@ -293,7 +294,9 @@ def model_type_of(path: str | Path) -> str:
         if (Path(path) / "adapter_config.json").exists():
             remedy = f"Merge it first: cloc-mllm merge {path} --out DIR."
             raise ClocError("this is an adapter, not a model", file=path, remedy=remedy) from None
-        raise ClocError("there is no model here (no config.json)", file=path) from None
+        inside = Path(path) / "export"
+        hint = f"Did you mean {inside}?" if (inside / "config.json").is_file() else None
+        raise ClocError("there is no model here (no config.json)", file=path, remedy=hint) from None
     except (OSError, ValueError, AttributeError) as error:
         raise ClocError(f"is not a readable model configuration: {error}", file=file) from None
 

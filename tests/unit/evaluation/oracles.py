@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,12 @@ class TruthReadout:
         embeds = torch.zeros(len(mine), DIM)
         for k, region in enumerate(mine):
             true = set(region.attributes.values()) or set(region.text.split())
-            texts = [text for text in self.encoder._rows if set(text.split()) <= true]
+            said = re.compile(rf"\b{re.escape(region.text)}\b")  # within the sentences that class names are put into
+            texts = [
+                text
+                for text in self.encoder._rows
+                if set(text.split()) <= true or (not region.attributes and said.search(text))
+            ]
             embeds[k, [self.encoder.row(text) for text in texts]] = self.sign
         return embeds
 

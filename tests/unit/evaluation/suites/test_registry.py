@@ -12,6 +12,7 @@ from cloc_mllm.apps.cli import main
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings
 from cloc_mllm.evaluation.encoders.region_data import load_region_split
+from cloc_mllm.evaluation.encoders.vocabulary import read_vocabulary
 from cloc_mllm.evaluation.suites.options import EvalOptions, model_type, options_from_yaml
 from cloc_mllm.evaluation.suites.region import evaluate_regions
 from cloc_mllm.evaluation.suites.registry import SUITES, run_suite
@@ -109,10 +110,11 @@ def test_region_suite_measures_any_region_text_data(
 def test_region_suite_gives_the_truth_100_and_its_opposite_0(region_data: Path, sign: float, expected: float) -> None:
     split = load_region_split(region_data)
     encoder = TruthEncoder([split], sign)
+    vocabulary = read_vocabulary("occurring", region_data, [region.text for region in split.regions])
     metrics, _ = evaluate_regions(
-        encoder, [TruthReadout(encoder)], split, EncoderSettings(progress=False, crop_limit=None)
+        encoder, [TruthReadout(encoder)], split, EncoderSettings(progress=False, crop_limit=None), vocabulary
     )
-    wanted = [name for name in metrics if not name.endswith(("_r5", "_r10"))]
+    wanted = [name for name in metrics if not name.endswith(("_r5", "_r10", "_top5"))]
     assert {name: metrics[name].value for name in wanted} == dict.fromkeys(wanted, expected)
     assert {"region_macc", "region_top1", "region_r2t_r1", "region_t2r_r1", "image_i2t_r1"} <= set(wanted)
 
