@@ -143,7 +143,7 @@ def load_captions(
         ClocError: A file cannot be read, or there are more ids than the split has.
     """
     source = Flickr30kSource(entities, split)
-    ids = [image for _, image, _ in source.events(Counter())]
+    ids = [str(image) for _, image, _ in source.events(Counter())]
     if len(set(ids)) != len(ids):
         raise ClocError("an id stands there twice", file=source.files[0], sample=Counter(ids).most_common(1)[0][0])
     known = source.expected.get(split, {}).get("images_listed", len(ids))
