@@ -8,6 +8,7 @@ import pytest
 
 from cloc_mllm.data.scenes.generator import generate_scenes
 from cloc_mllm.evaluation.encoders.region_data import SceneTruth
+from tests.builders import tiny_cloc
 from tests.builders_mllm import tiny_mllm
 
 
@@ -30,6 +31,16 @@ def mllm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a tiny random MLLM that writes boxes as text."""
     folder = tmp_path_factory.mktemp("mllm")
     model, processor = tiny_mllm(grounding="text")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a tiny random CLOC."""
+    folder = tmp_path_factory.mktemp("encoder")
+    model, processor = tiny_cloc()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -16,10 +16,12 @@ from cloc_mllm.evaluation.mllms.answerers import MllmSettings
 from cloc_mllm.evaluation.suites.flickr30k import (
     Flickr30kSettings,
     Wanted,
+    as_regions,
     boxes_of_phrases,
     evaluate_flickr30k,
     first_right,
     load_captions,
+    score_located,
 )
 from cloc_mllm.evaluation.suites.options import EvalOptions
 from cloc_mllm.evaluation.suites.registry import run_suite
@@ -182,6 +184,27 @@ def test_a_real_model_is_asked(entities: Path, mllm_folder: Path, tmp_path: Path
     assert "### people" in (tmp_path / "report.md").read_text()
     with pytest.raises(ClocError, match="pictures of Flickr30k are not named"):
         run_suite("flickr30k", EvalOptions(str(mllm_folder), str(entities), str(tmp_path)))
+
+
+def test_what_an_encoder_found_is_scored_by_the_same_rule(entities: Path) -> None:
+    split = load_captions(entities, entities / "images")
+    data = as_regions(split)
+    assert [region.text for region in data.regions] == [p.text for one in split.captions for p in one.phrases]
+    assert data.sizes == [(50, 40), (50, 40)]
+    found = score_located(split, {"box_head": [list(region.box) for region in data.regions]})
+    assert {name: metric.value for name, metric in found.metrics.items()} == {
+        "flickr30k_merged_r1": 1.0,
+        "flickr30k_any_r1": 0.8,
+    }
+
+
+def test_a_real_encoder_searches(entities: Path, encoder_folder: Path, tmp_path: Path) -> None:
+    options = EvalOptions(
+        str(encoder_folder), str(entities), str(tmp_path), settings={"images": str(entities / "images")}
+    )
+    report = run_suite("flickr30k", options)
+    assert report["metrics"]["flickr30k_merged_r1"]["n"] == 5
+    assert report["details"]["choices"]["localizer"] == "box_head"
 
 
 def test_faults_of_the_files_are_named(entities: Path, tmp_path: Path) -> None:

@@ -12,8 +12,14 @@ import pytest
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import load_region_split
 from cloc_mllm.evaluation.mllms.answerers import MllmSettings
-from cloc_mllm.evaluation.reporting.known_splits import KNOWN_SPLITS
-from cloc_mllm.evaluation.suites.grounding import GroundingSettings, evaluate_grounding, known_size, load_expressions
+from cloc_mllm.evaluation.reporting.known_splits import KNOWN_EXPRESSIONS
+from cloc_mllm.evaluation.suites.grounding import (
+    GroundingSettings,
+    evaluate_grounding,
+    known_size,
+    load_expressions,
+    score_located,
+)
 from cloc_mllm.evaluation.suites.options import EvalOptions
 from cloc_mllm.evaluation.suites.registry import run_suite
 from cloc_mllm.models.answer_text import AnswerText
@@ -97,7 +103,7 @@ def test_the_question_is_the_models_own_or_the_one_given(expressions: Path) -> N
 def test_a_part_of_a_known_split_is_not_called_by_its_name(expressions: Path) -> None:
     some = load_expressions(load_region_split(expressions, split="testA"), of="refcoco")
     assert some.ref.label == "testA subset (10 of 5657 expressions, seed 0)"
-    assert known_size("refcoco", "val", 10_834) == KNOWN_SPLITS["refcoco"]["val"] == 10_834
+    assert known_size("refcoco", "val", 10_834) == KNOWN_EXPRESSIONS["refcoco"]["val"] == 10_834
     with pytest.raises(ClocError, match="'refcoco' has no split 'test'"):
         known_size("refcoco", "test", 1)
     with pytest.raises(ClocError, match=r"10,835 expressions, but refcoco val has 10,834"):
@@ -114,6 +120,25 @@ def test_a_real_model_is_asked(expressions: Path, mllm_folder: Path, tmp_path: P
     assert report["details"]["grounding_mode"] == "text"
     assert 0 <= report["unparsed"] <= 1
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_an_encoder_found_is_scored_by_the_same_rule(expressions: Path) -> None:
+    asked = load_expressions(load_region_split(expressions))
+    truth = [list(region.box) for region in asked.regions]
+    found = score_located(asked, {"box_head": truth, "grid_prompter": [[0, 0, 1, 1]] * len(truth)})
+    assert {metric.value for metric in found.metrics.values()} == {1.0}
+    assert found.details["choices"]["localizer"] == "box_head"
+    assert found.details["localizers"]["grid_prompter"]["grounding_acc50"].value == 0.0
+
+
+def test_a_real_encoder_searches(expressions: Path, encoder_folder: Path, tmp_path: Path) -> None:
+    options = EvalOptions(str(encoder_folder), str(expressions), str(tmp_path), limit=4)
+    report = run_suite("grounding", options)
+    assert report["details"]["choices"]["localizer"] == "box_head"
+    assert {"box_head", "grid_prompter"} <= set(report["details"]["localizers"])
+    assert report["metrics"]["grounding_acc50"]["n"] == 4
+    with pytest.raises(ClocError, match="finds no phrases by the method 'crop'"):
+        run_suite("grounding", EvalOptions(str(encoder_folder), str(expressions), str(tmp_path), method="crop"))
 
 
 def test_data_without_expressions_are_refused(tmp_path: Path) -> None:
