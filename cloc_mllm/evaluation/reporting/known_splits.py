@@ -1,4 +1,4 @@
-"""How many images the public splits have, so that a part of one is never called by its name.
+"""How many images or expressions the public splits have, so that a part of one is never called by its name.
 
 Sources: for COCO and LVIS what their importers check, for the others the sets' own pages. The Karpathy splits of COCO
 and the splits of Flickr30k are those of Karpathy and Fei-Fei (arXiv 1412.2306).
@@ -14,6 +14,7 @@ from typing import Any
 from cloc_mllm.data.files import is_url
 from cloc_mllm.data.importers.coco import CocoSource
 from cloc_mllm.data.importers.lvis import LvisSource
+from cloc_mllm.data.importers.refcoco import KNOWN
 from cloc_mllm.errors import ClocError
 
 SET_FILE = "dataset.json"
@@ -30,6 +31,13 @@ KNOWN_SPLITS: dict[str, dict[str, int]] = {
     "imagenet-v2": {"matched-frequency": 10_000, "threshold-0.7": 10_000, "top-images": 10_000},
 }
 """By kind of set, as ``dataset.json`` has it, and by split."""
+
+KNOWN_EXPRESSIONS: dict[str, dict[str, int]] = {
+    name: {split: counts[1] for (owner, _, split), counts in KNOWN.items() if owner == name}
+    for name in dict.fromkeys(owner for owner, _, _ in KNOWN)
+}
+"""Referring expressions by data set and split, in the partitions that are reported on: UNC's of RefCOCO and RefCOCO+,
+UMD's of RefCOCOg."""
 
 
 def set_facts(data: str | PathLike[str]) -> dict[str, Any]:

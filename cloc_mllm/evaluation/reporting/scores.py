@@ -13,7 +13,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.scoring.metrics import Items, Metric
 
 SCORES_FILE = "scores.npz"
-_PARTS = ("scores", "images", "classes")
+_PARTS = ("scores", "images", "classes", "weights")
 
 
 def write_scores(metrics: Mapping[str, Metric], folder: str | PathLike[str]) -> Path | None:
@@ -30,6 +30,8 @@ def write_scores(metrics: Mapping[str, Metric], folder: str | PathLike[str]) -> 
         arrays[f"{name}/images"] = np.array(metric.items.images)
         if metric.items.classes is not None:
             arrays[f"{name}/classes"] = np.array(metric.items.classes)
+        if metric.items.weights is not None:
+            arrays[f"{name}/weights"] = metric.items.weights
     if not arrays:
         return None
     path = Path(folder) / SCORES_FILE
@@ -60,6 +62,7 @@ def read_scores(folder: str | PathLike[str]) -> dict[str, Items]:
                 parts["scores"],
                 tuple(parts["images"].tolist()),
                 tuple(parts["classes"].tolist()) if "classes" in parts else None,
+                parts.get("weights"),
             )
             for name, parts in found.items()
         }

@@ -37,11 +37,13 @@ class Items:
         scores: (N,) hits or scores.
         images: (N,) what each item was seen in.
         classes: (N,) for a mean over classes, the class of each item; else None.
+        weights: (N,) what the sum of the scores is divided by the sum of; None for one each.
     """
 
     scores: NDArray[np.float64]
     images: tuple[str, ...]
     classes: tuple[str, ...] | None = None
+    weights: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -291,8 +293,35 @@ def class_mean_metric(
     return _ratio_metric(Items(scores, tuple(map(str, images)), tuple(map(str, classes))), seed)
 
 
+def relative_metric(
+    scores: ArrayLike, references: ArrayLike, classes: Sequence[Hashable], images: Sequence[Hashable], *, seed: int = 0
+) -> Metric:
+    """Mean score over mean reference score inside each class, averaged over classes, with an interval over images.
+
+    Args:
+        scores: (N,) what was scored.
+        references: (N,) positive, what the reference scored on the same item.
+        classes: (N,) class of each item; one for all makes it the plain ratio of means.
+        images: (N,) what each item was seen in.
+        seed: Of the resampling.
+
+    Returns:
+        The metric, 1 where score and reference are as good as each other; NaN with no item.
+
+    Raises:
+        ValueError: A reference is not positive.
+    """
+    weights = np.asarray(references, dtype=np.float64)
+    if (weights <= 0).any():
+        raise ValueError("the reference of an item is not positive")
+    items = Items(
+        np.asarray(scores, dtype=np.float64), tuple(map(str, images)), tuple(map(str, classes)), weights=weights
+    )
+    return _ratio_metric(items, seed)
+
+
 def _ratio_metric(items: Items, seed: int) -> Metric:
-    """Mean over classes of (sum of scores / count), bootstrapped over images; without classes the plain mean."""
+    """Mean over classes of (sum of scores / sum of weights), bootstrapped over images; without classes the plain mean."""
     if len(items.scores) == 0 and not items.images:
         return Metric(math.nan, (math.nan, math.nan), 0, items)
     total, count = sums_by_image(items)
@@ -303,7 +332,7 @@ def _ratio_metric(items: Items, seed: int) -> Metric:
 
 
 def sums_by_image(items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sum of the scores and the number of items, by image and class: ``(images, classes)`` each.
+    """Return the sums of the scores and of the weights, by image and class: ``(images, classes)`` each.
 
     Raises:
         ValueError: There are not as many scores as images and classes.
@@ -315,7 +344,7 @@ def sums_by_image(items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64
     rows, columns = _codes(items.images), _codes(classes)
     total, count = np.zeros((2, int(rows.max()) + 1, int(columns.max()) + 1))
     np.add.at(total, (rows, columns), items.scores)
-    np.add.at(count, (rows, columns), 1.0)
+    np.add.at(count, (rows, columns), 1.0 if items.weights is None else items.weights)
     return total, count
 
 

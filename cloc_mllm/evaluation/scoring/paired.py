@@ -49,6 +49,8 @@ def paired_difference(first: Items, second: Items, *, seed: int = 0) -> Differen
     """
     if first.images != second.images or first.classes != second.classes:
         raise ClocError("the two models were not measured on the same items in the same order")
+    if not np.array_equal(_weights(first), _weights(second)):
+        raise ClocError("what the scores of the two models are divided by differs, item by item")
     if not len(first.scores):
         raise ClocError("there is no item to compare the models on")
     total_a, count = sums_by_image(first)
@@ -69,6 +71,10 @@ def paired_difference(first: Items, second: Items, *, seed: int = 0) -> Differen
         int((gain == 0).sum()),
         len(gain),
     )
+
+
+def _weights(items: Items) -> NDArray[np.float64]:
+    return np.ones(len(items.scores)) if items.weights is None else items.weights
 
 
 def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> float:

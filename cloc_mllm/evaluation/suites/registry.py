@@ -41,6 +41,13 @@ SUITES: dict[str, Suite] = {
         Suite("region", "encoders: recognition and retrieval of regions on any region-text data", f"{_HERE}.region"),
         Suite("image", "encoders: zero-shot classification of images, or retrieval with captions", f"{_HERE}.image"),
         Suite("detection", "encoders: open-vocabulary detection, COCO's and LVIS's AP", f"{_HERE}.detection"),
+        Suite("referring", "MLLMs: is the object in a region a A or a B (LVIS), by two scorers", f"{_HERE}.referring"),
+        Suite("grounding", "boxes of referring expressions (RefCOCO, +, g), MLLMs and encoders", f"{_HERE}.grounding"),
+        Suite(
+            "flickr30k", "boxes of phrases in captions (Flickr30k Entities), MLLMs and encoders", f"{_HERE}.flickr30k"
+        ),
+        Suite("ferret-bench", "MLLMs: open questions about regions, marked by a judge", f"{_HERE}.ferret_bench"),
+        Suite("easy-vqa", "MLLMs: short questions about one shape, from the package easy-vqa", f"{_HERE}.easy_vqa"),
     )
 }
 
