@@ -38,6 +38,7 @@ SUITES: dict[str, Suite] = {
     for suite in (
         Suite("scenes", "procedural scenes: encoders by region and phrase, MLLMs by question", f"{_HERE}.scenes"),
         Suite("region", "encoders: recognition and retrieval of regions on any region-text data", f"{_HERE}.region"),
+        Suite("vqa", "MLLMs: lmms-eval's benchmarks, and our tasks for it (--set tasks=gqa,pope)", f"{_HERE}.vqa"),
     )
 }
 
