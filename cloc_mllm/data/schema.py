@@ -23,7 +23,9 @@ REGION_KEYS = frozenset({"box", "text", "score", "unique", "attributes"})
 CONVERSATION_KEYS = frozenset(
     {"id", "image", "images", "width", "height", "messages", "conversations", "regions", "task", "source"}
 )
-QUESTION_KEYS = CONVERSATION_KEYS | {"kind", "answer", "box", "boxes_in", "heldout", "majority"}
+QUESTION_KEYS = CONVERSATION_KEYS.union(
+    ["kind", "answer", "box", "boxes_in", "heldout", "majority", "negative", "synonyms", "negative_synonyms"]
+)
 MESSAGE_KEYS = frozenset({"role", "content"})
 REGION_KINDS = ("box", "point", "mask", "scribble")
 ITEM_KEYS = {

@@ -20,5 +20,6 @@ IMPORTERS: dict[str, str] = {
     "llava": f"{_HERE}.llava",
     "ferret": f"{_HERE}.ferret",
     "ms-swift": f"{_HERE}.ms_swift",
+    "easy-vqa": f"{_HERE}.easy_vqa",
 }
 """Kind of data set, as `cloc-mllm data convert KIND` calls it, to the module that converts it."""

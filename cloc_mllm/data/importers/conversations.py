@@ -90,6 +90,7 @@ def convert_conversations(
     origin: Origin,
     translate: Translate,
     *,
+    read: Callable[[Path], Iterator[tuple[Any, str]]] = read_samples,
     file_format: str = "jsonl",
     copy_images: bool = False,
     on_bad_sample: str = "error",
@@ -103,6 +104,7 @@ def convert_conversations(
         out: Folder to write to.
         origin: What is converted.
         translate: The format's own part.
+        read: Yields the raw samples of `src` and where each stands.
         file_format: "jsonl" or "parquet".
         copy_images: With "jsonl", copy the pictures beside it instead of referring to them.
         on_bad_sample: "error" stops at the first sample that breaks a rule; "skip" leaves it out and lists it.
@@ -123,7 +125,7 @@ def convert_conversations(
     skipped: list[str] = []
     try:
         with open_writer(out, file_format, "conversations", copy_images) as writer:
-            for raw, where in tqdm(read_samples(src), unit=" samples", disable=None if progress else True):
+            for raw, where in tqdm(read(src), unit=" samples", disable=None if progress else True):
                 counts["samples_read"] += 1
                 of_sample: Counter[str] = Counter()
                 try:

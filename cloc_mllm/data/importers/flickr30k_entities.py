@@ -147,19 +147,26 @@ class Flickr30kSource(Source):
         for image in ids:
             yield "image", image, {}
 
+    def sentences(self, image: str) -> list[str]:
+        """Return the captions of an image with their mark-up.
+
+        Raises:
+            ClocError: They cannot be read.
+        """
+        file = self.entities / "Sentences" / f"{image}.txt"
+        try:
+            return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClocError(f"cannot read the sentences: {error}", file=file, remedy="Fetch it again.") from error
+
     def sample(
         self, image: str, facts: dict[str, Any], notes: list[tuple[str, dict[str, Any]]], counts: Counter[str]
     ) -> RawSample:
         """Read the image's sentences and boxes."""
         size, boxes = read_boxes(self.entities / "Annotations" / f"{image}.xml")
-        file = self.entities / "Sentences" / f"{image}.txt"
-        try:
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClocError(f"cannot read the sentences: {error}", file=file, remedy="Fetch it again.") from error
         captions = []
         seen: dict[tuple[str, tuple[float, ...]], dict[str, Any]] = {}
-        for line in lines:
+        for line in self.sentences(image):
             caption, phrases = read_sentence(line)
             captions.append(" ".join(caption.split()))
             counts["captions_read"] += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cloc_mllm.evaluation.reporting.known_splits import KNOWN_SPLITS
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -70,14 +72,12 @@ KNOWN_SIZES = {
     "seedbench": 17_990,
     "mmbench_en_dev_static": 4_329,
     "scienceqa_img": 2_017,
-    "cloc_refcoco_rec_val": 10_834,
-    "cloc_refcoco_rec_testA": 5_657,
-    "cloc_refcoco_rec_testB": 5_095,
-    "cloc_refcoco_plus_rec_val": 10_758,
-    "cloc_refcoco_plus_rec_testA": 5_726,
-    "cloc_refcoco_plus_rec_testB": 4_889,
-    "cloc_refcocog_rec_val": 4_896,
-    "cloc_refcocog_rec_test": 9_602,
+    **{
+        f"cloc_{name.replace('+', '_plus')}_rec_{split}": KNOWN_SPLITS[name][split]
+        for name in ("refcoco", "refcoco+", "refcocog")
+        for split in KNOWN_SPLITS[name]
+        if split != "train"
+    },
     "cloc_flickr30k_entities": 14_481,
 }
 """Questions of the published splits. A copy with another number of them is never called by the split's name."""

@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.messages import image_items
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import draw
+from cloc_mllm.evaluation.mllms.answerers import Answered, Answerer, MllmSettings, ask_each, first_boxes
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import (
     Metric,
@@ -40,43 +40,6 @@ Metrics = dict[str, Metric]
 
 TASKS = ("vqa", "referring", "grounding")
 _TASK_METRICS = {"vqa": "vqa_acc", "referring": "referring_acc", "grounding": "grounding_acc50"}
-
-
-class Answered(Protocol):
-    """What is needed of an answer; :class:`cloc_mllm.models.answer_text.AnswerText` is one."""
-
-    text: str
-    boxes: list[dict[str, Any]]
-    unparsed: list[str]
-
-
-class Answerer(Protocol):
-    """Who is asked; :class:`cloc_mllm.inference.predictor.Predictor` is one."""
-
-    def chat(
-        self, conversations: Sequence[Any], max_new_tokens: int = ..., batch_size: int = ...
-    ) -> Sequence[Answered]:
-        """Answer conversations that end with a user's turn."""
-        ...
-
-
-@dataclass(frozen=True)
-class MllmSettings:
-    """How much is asked.
-
-    Attributes:
-        limit: Questions of each task, drawn with ``seed``; None asks all.
-        batch_size: Questions answered together.
-        max_new_tokens: Longest answer in tokens.
-        seed: Of the draw and of the bootstrap.
-        progress: Show a progress bar, if stderr is a terminal.
-    """
-
-    limit: int | None = None
-    batch_size: int = 128
-    max_new_tokens: int = 48
-    seed: int = 0
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,8 +152,9 @@ def evaluate_mllm(
     answers = ask(predictor, split, settings)
     metrics: Metrics = {}
     for task in TASKS:
-        hits = hits_of(split.of_task(task), [answers[question.row] for question in split.of_task(task)])
-        metrics |= _task_metrics(task, split.of_task(task), hits, settings.seed)
+        if mine := split.of_task(task):
+            hits = hits_of(mine, [answers[question.row] for question in mine])
+            metrics |= _task_metrics(task, mine, hits, settings.seed)
     grounding = split.of_task("grounding")
     given = [answers[question.row] for question in grounding]
     if grounding:
@@ -206,31 +170,24 @@ def evaluate_mllm(
 def ask(predictor: Answerer, split: QuestionSplit, settings: MllmSettings) -> dict[int, Answered]:
     """Return the answer to every question, by its row. A batch holds one task: answers differ in length by task."""
     answers: dict[int, Answered] = {}
-    with tqdm(
-        total=len(split.questions), unit="question", desc=split.ref.split, disable=None if settings.progress else True
-    ) as bar:
-        for task in TASKS:
-            mine = split.of_task(task)
-            for start in range(0, len(mine), settings.batch_size):
-                batch = mine[start : start + settings.batch_size]
-                conversations = [split.dataset[question.row]["messages"] for question in batch]
-                found = predictor.chat(
-                    conversations, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-                )
-                answers |= {question.row: answer for question, answer in zip(batch, found, strict=True)}
-                bar.update(len(batch))
+    for task in TASKS:
+        mine = split.of_task(task)
+        found = ask_each(
+            predictor,
+            len(mine),
+            lambda k, mine=mine: split.dataset[mine[k].row]["messages"],  # type: ignore[misc]
+            settings,
+            f"{split.ref.split} {task}",
+        )
+        answers |= {question.row: answer for question, answer in zip(mine, found, strict=True)}
     return answers
 
 
 def hits_of(questions: Sequence[Question], answers: Sequence[Answered]) -> NDArray[np.bool_]:
     """Tell which answers are right: by the box for grounding, by the words for everything else."""
     if questions and questions[0].task == "grounding":
-        return iou_hits(_first_boxes(answers), _boxes(questions))
+        return iou_hits(first_boxes(answers), _boxes(questions))
     return exact_match_hits([answer.text for answer in answers], [question.answer for question in questions])
-
-
-def _first_boxes(answers: Sequence[Answered]) -> list[Sequence[float] | None]:
-    return [answer.boxes[0]["box"] if answer.boxes else None for answer in answers]
 
 
 def _boxes(questions: Sequence[Question]) -> NDArray[np.float64]:
@@ -253,7 +210,7 @@ def _task_metrics(task: str, questions: Sequence[Question], hits: NDArray[np.boo
 
 def _box_metrics(questions: Sequence[Question], answers: Sequence[Answered], seed: int) -> Metrics:
     images = [question.image for question in questions]
-    boxes = [(np.nan,) * 4 if box is None else tuple(box) for box in _first_boxes(answers)]
+    boxes = [(np.nan,) * 4 if box is None else tuple(box) for box in first_boxes(answers)]
     guess, truth = np.array(boxes, dtype=np.float64), _boxes(questions)
     centres = (guess[:, :2] + guess[:, 2:]) / 2
     return {
@@ -284,6 +241,8 @@ def baselines(split: QuestionSplit, known: QuestionSplit, seed: int = 0) -> dict
     found: dict[str, Any] = {}
     for task in ("vqa", "referring"):
         mine = split.of_task(task)
+        if not mine:
+            continue
         pairs = [(question.kind, question.answer) for question in known.of_task(task)]
         majority, chance = majority_answers(pairs), chance_of(pairs)
         kinds, images = [question.kind for question in mine], [question.image for question in mine]

@@ -258,10 +258,43 @@ def class_mean_metric(
     return _ratio_metric(np.asarray(hits, dtype=np.float64), codes, images, seed)
 
 
-def _ratio_metric(
-    scores: NDArray[np.float64], classes: NDArray[np.int64], images: Sequence[Hashable], seed: int
+def relative_metric(
+    scores: ArrayLike, references: ArrayLike, classes: Sequence[Hashable], images: Sequence[Hashable], *, seed: int = 0
 ) -> Metric:
-    """Mean over classes of (sum of scores / count), bootstrapped over images; one class makes it the plain mean."""
+    """Mean score over mean reference score inside each class, averaged over classes, with an interval over images.
+
+    Args:
+        scores: (N,) what was scored.
+        references: (N,) positive, what the reference scored on the same item.
+        classes: (N,) class of each item; one for all makes it the plain ratio of means.
+        images: (N,) what each item was seen in.
+        seed: Of the resampling.
+
+    Returns:
+        The metric, 1 where score and reference are as good as each other; NaN with no item.
+
+    Raises:
+        ValueError: A reference is not positive.
+    """
+    weights = np.asarray(references, dtype=np.float64)
+    if (weights <= 0).any():
+        raise ValueError("the reference of an item is not positive")
+    index = {name: number for number, name in enumerate(dict.fromkeys(classes))}
+    codes = np.array([index[name] for name in classes], dtype=np.int64)
+    return _ratio_metric(np.asarray(scores, dtype=np.float64), codes, images, seed, weights)
+
+
+def _ratio_metric(
+    scores: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    images: Sequence[Hashable],
+    seed: int,
+    weights: NDArray[np.float64] | None = None,
+) -> Metric:
+    """Mean over classes of (sum of scores / sum of weights), bootstrapped over images.
+
+    Weights of one make it the mean over classes of the mean, and with one class the plain mean.
+    """
     if not len(scores) == len(classes) == len(images):
         raise ValueError(f"{len(scores)} scores, {len(classes)} classes and {len(images)} image ids must be as many")
     if len(scores) == 0:
@@ -271,7 +304,7 @@ def _ratio_metric(
     shape = (len(index), int(classes.max()) + 1)
     total, count = np.zeros(shape), np.zeros(shape)
     np.add.at(total, (rows, classes), scores)
-    np.add.at(count, (rows, classes), 1.0)
+    np.add.at(count, (rows, classes), 1.0 if weights is None else weights)
     value = float((total.sum(axis=0) / count.sum(axis=0)).mean())
     means = []
     for weights in _resample_weights(len(index), seed):

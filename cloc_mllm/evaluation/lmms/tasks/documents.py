@@ -19,11 +19,14 @@ from loguru import logger
 from PIL import Image
 
 from cloc_mllm.data.dataset import ConversationDataset, RegionTextDataset
-from cloc_mllm.data.importers.flickr30k_entities import read_boxes, read_sentence
+from cloc_mllm.data.importers.pictures import picture_in
 from cloc_mllm.data.messages import messages_of
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import SceneTruth, load_region_split
 from cloc_mllm.evaluation.mllms.questions import load_questions
+from cloc_mllm.evaluation.suites.flickr30k import load_captions
+from cloc_mllm.evaluation.suites.grounding import load_expressions
+from cloc_mllm.evaluation.suites.referring import load_referring
 from cloc_mllm.inference.images import read_image
 
 Document = dict[str, Any]
@@ -40,7 +43,7 @@ LAYOUTS = {
     SCENES: "the folder that `cloc-mllm data scenes` wrote",
     REFCOCO: "a folder with refcoco/testA, refcocog/test and so on, each from `cloc-mllm data convert refcoco`",
     FLICKR30K: "a folder with Annotations, Sentences, test.txt, and the pictures in images",
-    LVIS_REFERRING: "a file of questions, each with `answer`, `negative` and `kind`",
+    LVIS_REFERRING: "the folder that `cloc-mllm data build lvis-referring` wrote",
 }
 
 
@@ -101,84 +104,58 @@ def scene_questions(folder: Path, task: str) -> list[Document]:
 
 def expressions(folder: Path, part: str) -> list[Document]:
     """The referring expressions of one split of converted RefCOCO, RefCOCO+ or RefCOCOg; `part` is its folder."""
-    split = load_region_split(folder / part)
-    docs = []
-    for number, region in enumerate(split.regions):
-        docs.append(
-            {
-                "id": f"{split.ids[region.image]}-{number}",
-                "image": split.ids[region.image],
-                "file": str(folder / part),
-                "row": split.rows[region.image],
-                "phrase": region.text,
-                "size": list(split.sizes[region.image]),
-                "boxes": [list(region.box)],
-            }
-        )
-    return docs
+    name, split = part.split("/")
+    found = load_expressions(load_region_split(folder / part, split=split), name)
+    return [
+        {
+            "id": f"{found.data.ids[region.image]}-{number}",
+            "image": found.data.ids[region.image],
+            "file": str(folder / part),
+            "row": found.data.rows[region.image],
+            "phrase": region.text,
+            "size": list(found.data.sizes[region.image]),
+            "boxes": [list(region.box)],
+        }
+        for number, region in enumerate(found.regions)
+    ]
 
 
 def entities(folder: Path, part: str) -> list[Document]:
-    """The phrases of Flickr30k Entities that have a box, each as often as the captions say it.
-
-    Annotations and sentences belong together by their id, never by the order of files.
-    """
-    docs, without = [], 0
-    for image in _text(folder / f"{part}.txt").split():
-        size, boxes = read_boxes(folder / "Annotations" / f"{image}.xml")
-        lines = [line for line in _text(folder / "Sentences" / f"{image}.txt").splitlines() if line.strip()]
-        for sentence, line in enumerate(lines):
-            for number, phrase in enumerate(read_sentence(line)[1]):
-                found = boxes.get(phrase.entity, [])
-                without += not found
-                if found:
-                    docs.append(
-                        {
-                            "id": f"{image}-{sentence}-{number}",
-                            "image": image,
-                            "file": str(folder / "images" / f"{image}.jpg"),
-                            "phrase": phrase.text,
-                            "kind": phrase.types[0],
-                            "size": list(size),
-                            "boxes": found,
-                        }
-                    )
-    logger.info(f"flickr30k entities, {part}: {len(docs)} phrases with a box; {without} without any are left out")
-    return docs
+    """The phrases of Flickr30k Entities that have a box, each as often as the captions say it."""
+    found = load_captions(folder, folder / "images", part)
+    logger.info(f"flickr30k entities, {part}: {found.counts}")
+    return [
+        {
+            "id": f"{caption.image}-{caption.number}-{number}",
+            "image": caption.image,
+            "file": str(picture_in(found.pictures, f"{caption.image}.jpg")),
+            "phrase": phrase.text,
+            "kind": phrase.types[0],
+            "boxes": phrase.boxes,
+        }
+        for caption in found.captions
+        for number, phrase in enumerate(caption.phrases)
+    ]
 
 
 def referring_questions(file: Path, kind: str) -> list[Document]:
-    """The questions of LVIS referred-object classification whose object is shown in one way.
-
-    Args:
-        file: Questions; see `docs/data-formats.md`.
-        kind: `box`, `point` or `free-form`.
-
-    Raises:
-        ClocError: A question lacks its truth.
-    """
-    dataset = _conversations(str(file))
-    docs = []
-    for row in range(len(dataset)):
-        raw = dataset.source[row]
-        missing = [key for key in ("answer", "negative", "kind") if not isinstance(raw.get(key), str)]
-        if missing:
-            raise ClocError(f"the question has no '{missing[0]}'", file=file, sample=str(raw.get("id", row)))
-        if raw["kind"] == kind:
-            docs.append(
-                {
-                    "id": str(raw.get("id", row)),
-                    "image": str(raw.get("image", row)),
-                    "file": str(file),
-                    "row": row,
-                    "kind": kind,
-                    "answer": raw["answer"],
-                    "negative": raw["negative"],
-                    "synonyms": [str(name) for name in raw.get("synonyms") or ()],
-                    "negative_synonyms": [str(name) for name in raw.get("negative_synonyms") or ()],
-                }
-            )
-    return docs
+    """The questions of LVIS referred-object classification whose object is shown in one way: box, point, free-form."""
+    split = load_referring(file)
+    return [
+        {
+            "id": one.id,
+            "image": one.image,
+            "file": str(file),
+            "row": one.row,
+            "kind": kind,
+            "answer": one.pair[0],
+            "synonyms": list(one.pair[1]),
+            "negative": one.pair[2],
+            "negative_synonyms": list(one.pair[3]),
+        }
+        for one in split.questions
+        if one.kind == kind
+    ]
 
 
 def picture(doc: Mapping[str, Any]) -> Image.Image:
@@ -207,23 +184,19 @@ def question_items(doc: Mapping[str, Any], *, opened: bool) -> list[dict[str, An
 
 def picture_size(doc: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height in pixels of the picture that a document is about."""
-    size = doc.get("size")
-    if not size:
-        items = question_items(doc, opened=True)
-        size = next(item["image"].size for item in items if item["type"] == "image")
-    return int(size[0]), int(size[1])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClocError(f"cannot be read: {error}", file=path) from error
+    if doc.get("size"):
+        return int(doc["size"][0]), int(doc["size"][1])
+    shown = (
+        [picture(doc)]
+        if "phrase" in doc
+        else [item["image"] for item in question_items(doc, opened=True) if item["type"] == "image"]
+    )
+    return shown[0].size
 
 
 @lru_cache(maxsize=4)
 def _conversations(file: str) -> ConversationDataset:
-    return ConversationDataset(file)
+    return ConversationDataset(file, preferred="questions.jsonl")
 
 
 @lru_cache(maxsize=4)

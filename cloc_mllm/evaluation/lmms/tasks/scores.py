@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cloc_mllm.data.importers.flickr30k_entities import enclosing
 from cloc_mllm.evaluation.lmms.tasks.documents import picture_size
 from cloc_mllm.evaluation.scoring.metrics import box_ious, exact_match_hits
+from cloc_mllm.evaluation.scoring.referring import ferret_right, strict_right
+from cloc_mllm.evaluation.suites.flickr30k import PROTOCOLS, Wanted, first_right
 from cloc_mllm.models.boxes import BoxCodec
 
 FRAME = BoxCodec("norm1")
@@ -48,13 +49,23 @@ def score_phrase(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, An
     MERGED-BOXES: against the box that encloses all of them. ANY-BOX: against the best-fitting one.
     """
     box, truths = first_box(doc, results[0]), [list(one) for one in doc["boxes"]]
-    merged = float(box_ious([box], [enclosing(truths)])[0])
-    best = float(box_ious([box] * len(truths), truths).max())
+    wanted, given = Wanted(doc["phrase"], (doc["kind"],), truths), [] if box is None else [box]
+    hits = {protocol: bool(first_right([wanted], [given], protocol)[0] == 1) for protocol in PROTOCOLS}
     what = {"phrase": doc["phrase"], "kind": doc["kind"], "answer": results[0], "box": box, "truth": truths}
     return {
-        "recall1_merged": _entry(doc, merged >= 0.5, iou=merged, **what),
-        "recall1_any": _entry(doc, best >= 0.5, iou=best),
+        "recall1_merged": _entry(doc, hits["merged"], **what),
+        "recall1_any": _entry(doc, hits["any"]),
         "unparsed": _entry(doc, box is None),
+    }
+
+
+def score_name(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Which of the two names an answer gives: by Ferret's published rule, and by whole words."""
+    names = (doc["answer"], list(doc["synonyms"]), doc["negative"], list(doc["negative_synonyms"]))
+    what = {"answer": results[0], "truth": doc["answer"], "negative": doc["negative"], "kind": doc["kind"]}
+    return {
+        "ferret": _entry(doc, ferret_right(results[0], *names), **what),
+        "strict": _entry(doc, strict_right(results[0], *names)),
     }
 
 

@@ -1,0 +1,184 @@
+"""The ``grounding`` suite: the box of what an expression names, on RefCOCO, RefCOCO+, RefCOCOg and data like them.
+
+Measured on region-text data in which each text names its box alone, as `cloc-mllm data convert refcoco` writes them.
+The first box of the answer counts. An answer without a readable box is wrong, and the share of those is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cloc_mllm.errors import ClocError
+from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, draw, load_region_split
+from cloc_mllm.evaluation.mllms.answerers import Answerer, MllmSettings, answer_record, ask_each, first_boxes
+from cloc_mllm.evaluation.reporting.known_splits import KNOWN_SPLITS
+from cloc_mllm.evaluation.reporting.report import DatasetRef
+from cloc_mllm.evaluation.scoring.metrics import Metric, box_ious, mean_metric
+from cloc_mllm.evaluation.suites.asking import (
+    AskingSettings,
+    grounding_mode,
+    load_answerer,
+    mllm_settings,
+    question,
+)
+from cloc_mllm.evaluation.suites.options import EvalOptions, Outcome, settings_of
+from cloc_mllm.inference.templates import Templates
+
+THRESHOLDS = (0.25, 0.5, 0.75)
+PHRASE = "{phrase}"
+
+
+@dataclass(frozen=True)
+class GroundingSettings(AskingSettings):
+    """The settings of this suite.
+
+    Attributes:
+        question: What is asked, with ``{phrase}`` in it; default the model's own template.
+        of: The public set that the data are a split of, such as ``refcoco``: the number of expressions is then held
+            against the split's known one.
+    """
+
+    question: str | None = None
+    of: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.question is not None and str(self.question).count(PHRASE) != 1:
+            raise ClocError(f"the question needs {PHRASE} exactly once: {self.question!r}")
+        if self.of is not None and self.of not in KNOWN_SPLITS:
+            raise ClocError(f"no splits are known of '{self.of}'", remedy=f"Known: {', '.join(KNOWN_SPLITS)}.")
+
+    def ask(self, phrase: str) -> str:
+        """The question for a phrase."""
+        if self.question is None:
+            return Templates().where_is(phrase)
+        return self.question.replace(PHRASE, phrase)
+
+
+def run(options: EvalOptions) -> Outcome:
+    """Ask the MLLM that a folder holds."""
+    settings = settings_of(GroundingSettings, options)
+    data = load_region_split(options.data_path, split=options.split or "all", seed=options.seed)
+    expressions = load_expressions(data, settings.of, options.limit)
+    return evaluate_grounding(load_answerer(options, settings), expressions, settings, mllm_settings(options))
+
+
+@dataclass(frozen=True)
+class Expressions:
+    """Some or all expressions of a split.
+
+    Attributes:
+        ref: What to call it; counts expressions.
+        regions: What is looked for.
+        data: The split that they come from.
+        ambiguous: Regions left out because their text fits another region of the picture as well.
+    """
+
+    ref: DatasetRef
+    regions: list[Region]
+    data: RegionSplit
+    ambiguous: int
+
+
+def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None = None) -> Expressions:
+    """Take the expressions of region-text data that name their box alone.
+
+    Args:
+        data: All images of a split.
+        of: The public set; a split of it that has fewer expressions than it should is called a subset.
+        limit: So many expressions, drawn with the data's seed; None takes all.
+
+    Raises:
+        ClocError: There is none, the set has no such split, or there are more of them than the split has.
+    """
+    findable = [region for region in data.regions if region.unique]
+    if not findable:
+        raise ClocError("there is no expression that names one region alone", file=data.ref.name)
+    total = len(findable) if of is None else known_size(of, data.ref.split, len(findable))
+    chosen = [findable[k] for k in draw(len(findable), limit, data.ref.seed)]
+    ref = DatasetRef(of or data.ref.name, data.ref.split, len(chosen), total, data.ref.seed, "expressions")
+    return Expressions(ref, chosen, data, len(data.regions) - len(findable))
+
+
+def known_size(of: str, split: str, found: int) -> int:
+    """Return how many items a split of a public set has.
+
+    Args:
+        of: The set.
+        split: The split.
+        found: How many were found; more than there are is an error.
+
+    Raises:
+        ClocError: There is no such split, or too much was found.
+    """
+    splits = KNOWN_SPLITS[of]
+    if split not in splits:
+        raise ClocError(f"'{of}' has no split '{split}'", remedy=f"Add --split, one of {', '.join(splits)}.")
+    if found > splits[split]:
+        problem = f"the data hold {found:,} expressions, but {of} {split} has {splits[split]:,}"
+        raise ClocError(problem, remedy="Check which partition, and which split, was converted.")
+    return splits[split]
+
+
+def evaluate_grounding(
+    answerer: Answerer,
+    expressions: Expressions,
+    settings: GroundingSettings | None = None,
+    asking: MllmSettings | None = None,
+) -> Outcome:
+    """Ask for every expression and compare the first box of each answer with the true one.
+
+    Args:
+        answerer: Who is asked.
+        expressions: What is looked for.
+        settings: The question.
+        asking: How to ask.
+    """
+    settings, asking = settings or GroundingSettings(), asking or MllmSettings()
+    regions, data = expressions.regions, expressions.data
+
+    def conversation(k: int) -> list[dict[str, Any]]:
+        region = regions[k]
+        return question(data.dataset[data.rows[region.image]]["image"], settings.ask(region.text), settings.suffix)
+
+    answers = ask_each(answerer, len(regions), conversation, asking, expressions.ref.split)
+    ious = box_ious(first_boxes(answers), [region.box for region in regions])
+    records = [
+        {"id": data.ids[one.image], "phrase": one.text, "box": list(one.box), "iou": round(float(iou), 4)}
+        | answer_record(answer)
+        for one, iou, answer in zip(regions, ious, answers, strict=True)
+    ]
+    details = {
+        "grounding_mode": grounding_mode(answerer),
+        "asking": {"question": settings.ask(PHRASE), "suffix": settings.suffix or "none"},
+        "regions": {"asked for": len(regions), "ambiguous, left out": expressions.ambiguous},
+        "answers": {
+            "with a box": sum(bool(answer.boxes) for answer in answers),
+            "with several boxes": sum(len(answer.boxes) > 1 for answer in answers),
+        },
+        "baselines": _baselines(regions, data, asking.seed),
+    }
+    unparsed = sum(not answer.boxes for answer in answers) / len(answers)
+    return Outcome(expressions.ref, _metrics(ious, regions, asking.seed), details, unparsed, records)
+
+
+def _metrics(ious: Any, regions: Sequence[Region], seed: int) -> dict[str, Metric]:
+    """Accuracy at each threshold, the usual one first, and the mean IoU; resampled by picture."""
+    images = [region.image for region in regions]
+    found = {f"grounding_acc{100 * at:.0f}": mean_metric(ious >= at, images, seed=seed) for at in THRESHOLDS}
+    return {
+        "grounding_acc50": found.pop("grounding_acc50"),
+        **found,
+        "grounding_mean_iou": mean_metric(ious, images, seed=seed),
+    }
+
+
+def _baselines(regions: Sequence[Region], data: RegionSplit, seed: int) -> dict[str, Any]:
+    """The answer that needs no looking: the whole picture."""
+    whole = np.array([[0, 0, *data.sizes[region.image]] for region in regions], dtype=np.float64)
+    scored = _metrics(box_ious(whole, [region.box for region in regions]), regions, seed)
+    return {name: {"majority": metric, "answers": {"always": "the whole picture"}} for name, metric in scored.items()}
