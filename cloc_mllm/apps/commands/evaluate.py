@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     report = run_suite(args.suite, options, command=shlex.join(["cloc-mllm", *sys.argv[1:]]))
     for name, entry in report["metrics"].items():
         if entry["value"] is not None:
-            low, high = (f"{100 * end:.1f}" for end in entry["ci95"])
+            low, high = ("–" if end is None else f"{100 * end:.1f}" for end in entry["ci95"])
             print(f"{name:28s} {100 * entry['value']:6.1f}   [{low}, {high}]   n={entry['n']}")
     print(f"{options.out}/report.md")
     return 0

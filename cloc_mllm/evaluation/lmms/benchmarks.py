@@ -83,6 +83,14 @@ KNOWN_SIZES = {
 """Questions of the published splits. A copy with another number of them is never called by the split's name."""
 
 
+POINTS = ("mme_perception_score", "mme_cognition_score")
+"""Metrics that are sums of points, not shares."""
+
+MEANS = ("pope_accuracy",)
+"""Metrics of shipped tasks that are means over questions without being declared as such. That a figure happens to equal
+the mean of its samples' scores, as a recall of 0 does, tells nothing."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """How a judged task's samples tell a call that failed.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.lmms.benchmarks import JUDGED, KNOWN_SIZES, note_on
+from cloc_mllm.evaluation.lmms.benchmarks import JUDGED, KNOWN_SIZES, POINTS, note_on
 from cloc_mllm.evaluation.lmms.runs import Found
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric, mean_metric
@@ -54,7 +54,7 @@ def metrics_of(found: Found, seed: int = 0) -> tuple[dict[str, Metric], dict[str
                 details["without_interval"] |= {f"{task}/{name}": why for name in judged}
             continue
         for name, value in _values(found.scores[task]):
-            metric, why = _metric(name, value, samples, seed)
+            metric, why = _metric(name, value, samples, name.partition(" ")[0] in found.means[task], seed)
             key = f"{task}/{name}"
             if metric is None:
                 details["points"][key] = value
@@ -119,18 +119,20 @@ def _values(scores: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _metric(
-    name: str, value: float, samples: Sequence[Mapping[str, Any]], seed: int
+    name: str, value: float, samples: Sequence[Mapping[str, Any]], is_mean: bool, seed: int
 ) -> tuple[Metric | None, str | None]:
     """A metric with its interval, or without; None if it is no share. The second is why there is no interval."""
     value /= _SCALES.get(name, 1.0)
+    if name in POINTS or not 0 <= value <= 1:
+        return None, "points, not a share"
     rows = [sample for sample in samples if name in sample["metrics"]]
+    if not is_mean:
+        return Metric(value, NO_INTERVAL, len(rows)), "not a mean over questions"
     scores = [_score(sample["metrics"][name]) for sample in rows]
     numbers = [score for score in scores if score is not None]
-    if not 0 <= value <= 1:
-        return None, "points, not a share"
-    if len(numbers) == len(rows) > 0 and math.isclose(sum(numbers) / len(numbers), value, abs_tol=1e-6):
-        return mean_metric(numbers, [_image(sample) for sample in rows], seed=seed), None
-    return Metric(value, NO_INTERVAL, len(rows)), "not a mean over questions"
+    if len(numbers) < len(rows) or not math.isclose(sum(numbers), value * len(rows), abs_tol=1e-6 * len(rows)):
+        return Metric(value, NO_INTERVAL, len(rows)), "its samples do not say what each question scored"
+    return mean_metric(numbers, [_image(sample) for sample in rows], seed=seed), None
 
 
 def _score(entry: Any) -> float | None:

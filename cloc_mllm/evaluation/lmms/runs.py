@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.lmms.benchmarks import BENCHMARKS, JUDGED, needs_judge
+from cloc_mllm.evaluation.lmms.benchmarks import BENCHMARKS, JUDGED, MEANS, needs_judge
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 _PACKAGES = ("lmms_eval", "evaluate", "pytablewriter", "sacrebleu", "sklearn", "loguru", "tenacity")
@@ -76,12 +76,14 @@ class Found:
         samples: Of each task, its samples in order: `doc_id`, `doc` (pictures left out), `target`, `answer`, `tokens`,
             and `metrics`, what the task made of each answer.
         sizes: Of each task, how many questions its data hold.
+        means: Of each task, the metrics that are means over its questions.
         version: Of lmms-eval.
     """
 
     scores: Mapping[str, Mapping[str, Any]]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
     sizes: Mapping[str, int]
+    means: Mapping[str, Sequence[str]]
     version: str
 
 
@@ -282,7 +284,18 @@ def _reduced(results: Mapping[str, Any]) -> Found:
         samples[task] = json.loads(json.dumps(kept, default=_plain))
     scores = json.loads(json.dumps({task: results["results"][task] for task in samples}, default=_plain))
     sizes = {task: int(results["n-samples"][task]["original"]) for task in samples}
-    return Found(scores, samples, sizes, version("lmms-eval"))
+    means = {task: _means(task, results["configs"][task]) for task in samples}
+    return Found(scores, samples, sizes, means, version("lmms-eval"))
+
+
+def _means(task: str, config: Mapping[str, Any]) -> list[str]:
+    """The metrics of a task that are means over its questions: those declared so, and all of ours."""
+    rows = config["metric_list"]
+    return [
+        row["metric"]
+        for row in rows
+        if row.get("aggregation") == "mean" or row["metric"] in MEANS or task.startswith("cloc_")
+    ]
 
 
 _SAMPLE_KEYS = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash")

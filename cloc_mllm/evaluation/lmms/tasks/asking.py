@@ -31,7 +31,7 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
     words = lmms_eval_specific_kwargs or {}
     after = str(words.get("post_prompt", ""))
     if "phrase" in doc:
-        return Templates(ground=words.get("question", Templates.ground)).where_is(doc["phrase"].lower()) + after
+        return Templates(ground=words.get("question", Templates.ground)).where_is(doc["phrase"]) + after
     text = ""
     for item in question_items(doc, opened=False):
         if item["type"] == "region":

@@ -129,7 +129,7 @@ def entities(folder: Path, part: str) -> list[Document]:
             "id": f"{caption.image}-{caption.number}-{number}",
             "image": caption.image,
             "file": str(picture_in(found.pictures, f"{caption.image}.jpg")),
-            "phrase": phrase.text,
+            "phrase": phrase.text.lower(),
             "kind": phrase.types[0],
             "boxes": phrase.boxes,
         }

@@ -136,7 +136,9 @@ def test_mm_vets_failed_calls_have_no_judges_name() -> None:
         return {"doc_id": number, "doc": {}, "target": "", "answer": "", "tokens": None, "metrics": metrics}
 
     rows = [sample(0, 0.8, "judge"), sample(1, 0.0, ""), sample(2, 0.4, "judge"), sample(3, 0.0, "judge")]
-    metrics, details = metrics_of(Found({"mmvet": {"gpt_eval_score,none": 30.0}}, {"mmvet": rows}, {"mmvet": 4}, "0"))
+    metrics, details = metrics_of(
+        Found({"mmvet": {"gpt_eval_score,none": 30.0}}, {"mmvet": rows}, {"mmvet": 4}, {}, "0")
+    )
     assert details["judge"]["mmvet"] == {"calls": 4, "failed": 1}
     assert metrics["mmvet/gpt_eval_score"].value == pytest.approx(0.4)
     assert metrics["mmvet/gpt_eval_score"].n == 3
