@@ -100,3 +100,12 @@ install_package() {
   fi
   exec 9>&-
 }
+
+# install_lmms_eval: lmms-eval without what it depends on, for the tests of the `vqa` suite. Its dependencies take 7 GB (a
+# second PyTorch among them, wandb, yt-dlp, linters); what the tests need of them is in the extra `dev`.
+install_lmms_eval() {
+  if ! "$VENV_PYTHON" -c 'import importlib.util as u; exit(u.find_spec("lmms_eval") is None)'; then
+    say "installing lmms-eval without its dependencies"
+    run_pip --no-deps 'lmms-eval>=0.7.3,<0.8'
+  fi
+}

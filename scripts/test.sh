@@ -10,6 +10,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 install_package dev
+install_lmms_eval
 
 # Tests compare CPU results, start several processes on few cores, and must not wait for a network.
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"

@@ -177,7 +177,7 @@ class Predictor:
         Returns:
             For each the ``text``, with coordinates printed; the ``boxes``, ``{"phrase", "box", "image"}`` in pixels of
             the original image; what could not be read, ``unparsed``; what is said not to be there, ``absent``; and the
-            ``message`` to go on from.
+            ``message`` to go on from; and how many tokens question and answer took.
 
         Raises:
             ClocError: If a conversation is malformed; the error names its number.
@@ -188,7 +188,10 @@ class Predictor:
             if constrain_boxes:
                 inputs["logits_processor"] = self.processor.constrain_boxes(inputs["input_ids"].shape[1], sizes)
             generated = self.model.generate_grounded(**inputs, max_new_tokens=max_new_tokens, **options)
-            answers += self.processor.post_process_grounding(generated, sizes)
+            found = self.processor.post_process_grounding(generated, sizes)
+            for answer, count in zip(found, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
+                answer.num_prompt_tokens = count
+            answers += found
         return answers
 
     def stream(

@@ -71,6 +71,8 @@ class AnswerText:
         unparsed: What looks like a box and cannot be read, or was to be a box on no image.
         content: The same as items of a message: as an assistant's turn it renders to what was generated.
         absent: What the answer says is not there: a whole answer without boxes, where ``unparsed`` is a failed one.
+        num_tokens: How many tokens were generated, without the one that ends an answer.
+        num_prompt_tokens: How many the question took, those of images and regions included.
     """
 
     text: str = ""
@@ -78,6 +80,9 @@ class AnswerText:
     unparsed: list[str] = field(default_factory=list)
     content: list[dict[str, Any]] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    # What an answer cost is not part of what it says: answers that say the same are equal.
+    num_tokens: int = field(default=0, compare=False, repr=False)
+    num_prompt_tokens: int = field(default=0, compare=False, repr=False)
 
     @property
     def boxes_by_phrase(self) -> dict[str, list[list[float]]]:

@@ -519,6 +519,7 @@ class ClocMllmProcessor(LlavaProcessor):
                 mine = (generated.ground_row == row).nonzero()[:, 0]  # type: ignore[union-attr]
                 found = zip(boxes[mine].cpu(), images[mine].tolist(), strict=True)
                 answers.append(self._put_boxes(ids, [(box, image - first) for box, image in found], sizes))
+            answers[-1].num_tokens = len(ids)
             first += len(sizes)
         return answers
 

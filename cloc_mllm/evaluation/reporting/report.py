@@ -175,7 +175,7 @@ def _join_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(entries[0]) | ({"seeds": values} if len(entries) > 1 else {})
     return {
         "value": round(statistics.fmean(values), 6),
-        "ci95": [round(statistics.fmean(entry["ci95"][end] for entry in entries), 6) for end in (0, 1)],
+        "ci95": [_mean_end([entry["ci95"][end] for entry in entries]) for end in (0, 1)],
         "n": min(entry["n"] for entry in entries),
         "seeds": values,
         "spread": {
@@ -184,6 +184,12 @@ def _join_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "max": max(values),
         },
     }
+
+
+def _mean_end(ends: Sequence[float | None]) -> float | None:
+    """The mean of one end of the seeds' intervals; None where a metric has no interval."""
+    known = [end for end in ends if end is not None]
+    return round(statistics.fmean(known), 6) if len(known) == len(ends) else None
 
 
 def aggregate_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

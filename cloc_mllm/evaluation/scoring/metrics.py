@@ -321,7 +321,7 @@ def relative_metric(
 
 
 def _ratio_metric(items: Items, seed: int) -> Metric:
-    """Mean over classes of (sum of scores / sum of weights), bootstrapped over images; without classes the plain mean."""
+    """Mean over classes of (sum of scores / sum of weights), bootstrapped over images; one class if none are named."""
     if len(items.scores) == 0 and not items.images:
         return Metric(math.nan, (math.nan, math.nan), 0, items)
     total, count = sums_by_image(items)

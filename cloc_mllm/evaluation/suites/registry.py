@@ -48,6 +48,7 @@ SUITES: dict[str, Suite] = {
         ),
         Suite("ferret-bench", "MLLMs: open questions about regions, marked by a judge", f"{_HERE}.ferret_bench"),
         Suite("easy-vqa", "MLLMs: short questions about one shape, from the package easy-vqa", f"{_HERE}.easy_vqa"),
+        Suite("vqa", "MLLMs: lmms-eval's benchmarks, and our tasks for it (--set tasks=gqa,pope)", f"{_HERE}.vqa"),
     )
 }
 

@@ -1,0 +1,1 @@
+"""lmms-eval: this package's models as one of its backends, and tasks about regions that it lacks."""

@@ -1,0 +1,1 @@
+"""lmms-eval: the backend, the tasks, the reports."""
