@@ -90,12 +90,12 @@ def _cells(
         if chosen is None:
             continue
         path, report = chosen
-        entry, dataset = report["metrics"][column["metric"]], report["dataset"]
-        values[key] = entry["value"] * (1 if column.get("points") else 100)
+        values[key], n = _figure(column, report)  # type: ignore[misc]
+        dataset = report["dataset"]
         texts[key] = _text(values[key])
         if dataset["n"] != dataset["of"] or "subset" in dataset["split"]:
             texts[key] += "*"
-        note = f"{column['title']}: {dataset['name']}, {dataset['split']}, n = {entry['n']} ({path.parent})"
+        note = f"{column['title']}: {dataset['name']}, {dataset['split']}, n = {n} ({path.parent})"
         notes += [note] if note not in notes else []
     for key, column in columns.items():
         if "mean_of" in column and all(part in values for part in column["mean_of"]):
@@ -126,10 +126,19 @@ def _fits(column: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
     split = str(dataset["split"]).partition(" subset")[0]
     return (
         report["suite"] == column["suite"]
-        and (report["metrics"].get(column["metric"]) or {}).get("value") is not None
+        and _figure(column, report) is not None
         and re.search(column["set"], f"{dataset.get('kind', '')} {dataset['name']}", re.IGNORECASE) is not None
         and ("split" not in column or split.lower() == column["split"].lower())
     )
+
+
+def _figure(column: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Return a report's figure as the paper prints it, in per cent or in points, and what it rests on."""
+    entry = report["metrics"].get(column["metric"])
+    if entry is not None and entry["value"] is not None:
+        return 100 * entry["value"], entry["n"]
+    points = (report.get("details") or {}).get("points") or {}
+    return (points[column["metric"]], report["dataset"]["n"]) if column["metric"] in points else None
 
 
 def _text(value: float | None) -> str:

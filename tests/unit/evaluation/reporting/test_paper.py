@@ -10,6 +10,7 @@ import pytest
 from cloc_mllm.apps.cli import main
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.paper import find_reports, lay_out, paper_tables
+from cloc_mllm.evaluation.suites.registry import SUITES
 
 
 def write(
@@ -38,6 +39,7 @@ def test_the_papers_figures_fit_its_columns() -> None:
     for table in tables:
         for values in table["paper"].values():
             assert set(values) <= set(table["columns"])
+        assert {column["suite"] for column in table["columns"].values() if "suite" in column} <= set(SUITES)
     assert tables[0]["paper"]["CLOC B/16, regions of WiT"]["coco"] == 70.1
 
 
@@ -49,8 +51,8 @@ def test_a_report_fills_its_cell_and_no_other(tmp_path: Path) -> None:
 
 
 def test_imagenet_and_its_second_version_are_told_apart(tmp_path: Path) -> None:
-    write(tmp_path / "1", "image", "imagenet", "val", {"zero_shot_top1": 0.5})
-    write(tmp_path / "2", "image", "imagenet-v2", "matched-frequency", {"zero_shot_top1": 0.25})
+    write(tmp_path / "1", "image", "imagenet", "val", {"image_top1": 0.5})
+    write(tmp_path / "2", "image", "imagenet-v2", "matched-frequency", {"image_top1": 0.25})
     found = cells(tmp_path, 0)
     assert (found["in1"], found["in2"]) == ("50.0", "25.0")
 
@@ -71,16 +73,21 @@ def test_the_average_needs_every_part(tmp_path: Path) -> None:
         for split in splits:
             write(tmp_path / name / split, "grounding", name, split, {"grounding_acc50": 0.8})
     for split in ("val", "test"):
-        write(tmp_path / "flickr" / split, "flickr30k", "flickr30k-entities", split, {"merged_r1": 0.6})
+        write(tmp_path / "flickr" / split, "flickr30k", "flickr30k-entities", split, {"flickr30k_merged_r1": 0.6})
     assert cells(tmp_path, 2)["average"] == "–"
-    metrics = {f"referring_ferret_{kind}": 0.9 for kind in ("box", "point", "free-form")}
+    metrics = {f"referring_acc_ferret_{kind}": 0.9 for kind in ("box", "point", "free_form")}
     write(tmp_path / "lvis", "referring", "lvis", "val", metrics)
     assert cells(tmp_path, 2)["average"] == f"{(3 * 90 + 8 * 80 + 2 * 60) / 13:.1f}"
 
 
 def test_points_are_not_shares(tmp_path: Path) -> None:
-    write(tmp_path / "mme", "vqa", "mme", "test", {"mme_perception": 1234.5})
-    assert cells(tmp_path, 3)["mme_p"] == "1234.5"
+    folder = write(tmp_path / "mme", "vqa", "mme", "test", {"gqa/exact_match": 0.5})
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(
+        json.dumps({**report, "details": {"points": {"mme/mme_perception_score": 1234.5}}})
+    )
+    found = cells(tmp_path, 3)
+    assert (found["mme_p"], found["gqa"], found["mme_c"]) == ("1234.5", "50.0", "–")
 
 
 def test_two_reports_for_one_cell_are_refused_and_the_larger_wins(tmp_path: Path) -> None:
