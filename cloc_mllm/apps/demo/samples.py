@@ -68,7 +68,7 @@ def choose_questions(questions: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def _answer(row: Mapping[str, Any], true_box: Sequence[float] | None) -> dict[str, Any]:
-    boxes = [{"box": [round(value, 2) for value in box]} for box in row.get("boxes", [])]
+    boxes = [{"box": [round(value, 2) for value in found["box"]]} for found in row.get("boxes", [])]
     found: dict[str, Any] = {"text": row["answer"], "boxes": boxes, "right": row["right"]}
     if true_box is not None:
         found["iou"] = round(float(box_ious([boxes[0]["box"] if boxes else None], [true_box])[0]), 4)

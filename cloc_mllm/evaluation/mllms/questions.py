@@ -21,7 +21,7 @@ from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.messages import Message, image_items, region_boxes, turn_text
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import draw
-from cloc_mllm.evaluation.mllms.answerers import Answered, Answerer, MllmSettings, ask_each, first_boxes
+from cloc_mllm.evaluation.mllms.answerers import Answered, Answerer, MllmSettings, answer_record, ask_each, first_boxes
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import (
     Metric,
@@ -235,14 +235,12 @@ def _record(question: Question, answer: Answered, asked: Message) -> dict[str, A
         "question": turn_text(asked),
         "boxes_in": region_boxes(asked),
         "truth": question.answer,
-        "answer": answer.text,
         "right": right,
     }
     if question.task == "grounding":
-        guess = [item["box"] for item in answer.boxes]
-        iou = float(box_ious(guess[:1] or [None], _boxes([question]))[0])
-        record |= {"box": question.box, "boxes": guess, "score": 1.0 if right else round(iou, 4)}
-    return record | ({"unparsed": list(answer.unparsed)} if answer.unparsed else {})
+        iou = float(box_ious(first_boxes([answer]), _boxes([question]))[0])
+        record |= {"true_boxes": [question.box], "score": 1.0 if right else round(iou, 4)}
+    return record | answer_record(answer)
 
 
 # --- answers that look at no picture -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.reporting.gallery import Picture, SamplePictures, draw_answers, read_answers, score_of
+from cloc_mllm.evaluation.reporting.gallery import Picture, Pictures, draw_answers, read_answers, score_of
 from cloc_mllm.evaluation.reporting.html import metric_bar, percent
 from cloc_mllm.evaluation.reporting.report import plain
 from cloc_mllm.evaluation.reporting.scores import read_scores
@@ -213,12 +213,9 @@ def _galleries(
     comparison: Mapping[str, Any], sides: Sequence[Side], colours: Mapping[str, str]
 ) -> list[tuple[str, int, list[Picture]]]:
     """Return where the second is better, where the first, and where both are wrong: title, count, pictures."""
-    by_id = [{str(record["id"]): record for record in read_answers(side.folder) if "row" in record} for side in sides]
-    path = comparison["dataset"].get("path")
+    pictures = Pictures(comparison["dataset"].get("path"))
+    by_id = [{_key(record): record for record in read_answers(side.folder) if pictures.has(record)} for side in sides]
     both = [key for key in by_id[0] if key in by_id[1]]
-    if not both or path is None:
-        return []
-    pictures = SamplePictures(path)
     gains = {key: score_of(by_id[1][key]) - score_of(by_id[0][key]) for key in both}
     ranked = sorted(both, key=lambda key: -abs(gains[key]))
     groups = [
@@ -240,3 +237,8 @@ def _galleries(
         for title, keys in groups
         if keys
     ]
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    """Tell one question from all others: an id may be the picture's, about which several things are asked."""
+    return json.dumps([record.get(name) for name in ("id", "question", "boxes_in", "true_boxes", "caption")])

@@ -43,22 +43,32 @@ class Picture:
     answers: Mapping[str, tuple[str, bool]]
 
 
-class SamplePictures:
-    """The pictures of a data set by sample number.
+class Pictures:
+    """The pictures that answers are about.
 
     Args:
-        path: Whatever `open_samples` reads.
+        path: The data set that records' `row` counts in: whatever `open_samples` reads; opened when it is needed.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self._source: SampleSource = open_samples(str(path))
+    def __init__(self, path: str | PathLike[str] | None) -> None:
+        self._path = path
+        self._source: SampleSource | None = None
 
-    def __call__(self, row: int) -> Image.Image:
-        """Return the (first) picture of a sample, decoded.
+    def has(self, record: Record) -> bool:
+        """Whether a record says which picture it is about: its file as `picture`, or `row`, its sample."""
+        return "picture" in record or ("row" in record and self._path is not None)
+
+    def __call__(self, record: Record) -> Image.Image:
+        """Return the (first) picture that an answer is about, decoded.
 
         Raises:
             ClocError: There is no such sample, or its picture cannot be read.
         """
+        if "picture" in record:
+            return open_image(record["picture"], None, None, str(record.get("id", "")))
+        if self._source is None:
+            self._source = open_samples(str(self._path), preferred="questions.jsonl")
+        row = record["row"]
         if not 0 <= row < len(self._source):
             raise ClocError(f"there are {len(self._source)} samples, and no sample {row}: the data have changed")
         sample = self._source[row]
@@ -108,7 +118,7 @@ def worst(records: Sequence[Record], count: int = SHOWN) -> list[Record]:
 
 
 def draw_answers(
-    pictures: SamplePictures, answered: Mapping[str, Record], colours: Mapping[str, str] | None = None
+    pictures: Pictures, answered: Mapping[str, Record], colours: Mapping[str, str] | None = None
 ) -> Picture:
     """Draw what one or several models answered to one question.
 
@@ -119,12 +129,11 @@ def draw_answers(
     """
     first = next(iter(answered.values()))
     boxes = [DrawnBox(box, "asked", PROMPT_COLOUR) for box in first.get("boxes_in") or ()]
-    if first.get("box"):
-        boxes.append(DrawnBox(first["box"], colour=TRUE_COLOUR, dashed=True))
+    boxes += [DrawnBox(box, colour=TRUE_COLOUR, dashed=True) for box in first.get("true_boxes") or ()]
     for name, record in answered.items():
         colour = (colours or {}).get(name, PREDICTED_COLOUR)
-        boxes += [DrawnBox(box, colour=colour) for box in record.get("boxes") or ()]
-    drawn = draw_boxes(pictures(first["row"]), boxes, smallest_side=_SIDE)
+        boxes += [DrawnBox(found["box"], colour=colour) for found in record.get("boxes") or ()]
+    drawn = draw_boxes(pictures(first), boxes, smallest_side=_SIDE)
     drawn.thumbnail((_SIDE, _SIDE))
     return Picture(
         data_uri(drawn, photograph=True),

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cloc_mllm.evaluation.reporting.gallery import Picture, SamplePictures, draw_answers, worst
+from cloc_mllm.evaluation.reporting.gallery import Pictures, draw_answers, worst
 from cloc_mllm.pages.charts import interval_bar
 from cloc_mllm.pages.drawing import PALETTE
 from cloc_mllm.pages.page import page_environment
@@ -25,17 +25,14 @@ def write_html(
     Args:
         report: As `build_report` made it.
         folder: Where to; it exists.
-        answers: What the model said, each with `row`: the sample of the data set that it was asked about.
+        answers: What the model said; drawn are those that say which picture they are about.
 
     Returns:
         The page.
     """
-    shown = worst([answer for answer in answers if "row" in answer])
-    path = report["dataset"].get("path")
-    pictures: list[Picture] = []
-    if shown and path is not None:
-        samples = SamplePictures(path)
-        pictures = [draw_answers(samples, {report["model"]: record}) for record in shown]
+    samples = Pictures(report["dataset"].get("path"))
+    shown = worst([answer for answer in answers if samples.has(answer)])
+    pictures = [draw_answers(samples, {report["model"]: record}) for record in shown]
     wrong = sum(not answer.get("right", True) for answer in answers)
     environment = page_environment(_PACKAGE)
     environment.filters |= {"bar": metric_bar, "percent": percent}

@@ -19,7 +19,7 @@ from cloc_mllm.data.importers.easy_vqa import (
     kind_of_answer,
     read_questions,
 )
-from cloc_mllm.data.readers import InMemory
+from cloc_mllm.data.readers import InMemory, resolve_image
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import draw
 from cloc_mllm.evaluation.mllms.answerers import Answerer, MllmSettings
@@ -100,6 +100,8 @@ def evaluate_easy_vqa(
     """
     settings = settings or MllmSettings()
     metrics, _, details, records = evaluate_mllm(answerer, split, known, settings)
+    for record, asked in zip(records, split.questions, strict=True):
+        record["picture"] = str(resolve_image(asked.image, split.dataset.source.folder(asked.row)))
     truths = [question.answer for question in split.questions]
     (most,) = majority_answers(("", question.answer) for question in known.questions).values()
     blind = exact_match_hits([most] * len(truths), truths)

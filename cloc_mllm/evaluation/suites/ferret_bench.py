@@ -261,12 +261,15 @@ def evaluate_bench(
     answers = ask_each(answerer, len(questions), conversation, asking, "questions")
     records = []
     with tqdm(total=len(questions), unit="reply", desc="judge", disable=None if asking.progress else True) as bar:
-        for one, answer, size in zip(questions, answers, sizes, strict=True):
+        for one, answer, size, picture in zip(questions, answers, sizes, pictures, strict=True):
             told = answer_for_judge(one.category, answer, size)
             prompt = judge_prompt(one, told, bench.rules[one.category])
             reply = replies.reply(judge, prompt, {"id": one.id, "category": one.category, "answer": told})
             marks = read_marks(reply)
             about = {"id": one.id, "category": one.category, "image": one.image, "question": one.text}
+            if marks is not None:
+                about |= {"picture": str(picture), "truth": one.reference, "score": marks[1] / MARKS[1]}
+                about |= {"right": marks[1] >= marks[0]}
             records.append(about | {"told": told, "marks": marks, "judge": reply} | answer_record(answer))
             bar.update()
     marked = [record for record in records if record["marks"] is not None]

@@ -216,7 +216,8 @@ def evaluate_flickr30k(
     for (caption, some), answer in zip(asked, answers, strict=True):
         boxes = boxes_of_phrases([phrase.text for phrase in some], answer)
         phrases, given, images = phrases + some, given + boxes, images + [caption.image] * len(some)
-        records.append(_record(caption, some, boxes, answer))
+        picture = picture_in(split.pictures, f"{caption.image}.jpg")
+        records.append(_record(caption, some, boxes, answer) | {"picture": str(picture)})
     ranks = {protocol: first_right(phrases, given, protocol) for protocol in PROTOCOLS}
     details = {
         "grounding_mode": grounding_mode(answerer),
@@ -357,4 +358,11 @@ def _record(
         {"phrase": phrase.text, "types": list(phrase.types), "truth": phrase.boxes, "boxes": [list(b) for b in mine]}
         for phrase, mine in zip(phrases, boxes, strict=True)
     ]
-    return {"id": caption.image, "caption": caption.number, "phrases": told} | answer_record(answer)
+    hits = first_right(phrases, boxes, "merged") == 1
+    shown = {
+        "question": ", ".join(phrase.text for phrase in phrases),
+        "true_boxes": [enclosing(phrase.boxes) for phrase in phrases],
+        "score": float(hits.mean()),
+        "right": bool(hits.all()),
+    }
+    return {"id": caption.image, "caption": caption.number, "phrases": told} | shown | answer_record(answer)

@@ -30,6 +30,7 @@ from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, m
 from cloc_mllm.inference.templates import Templates
 
 THRESHOLDS = (0.25, 0.5, 0.75)
+HEADLINE = 0.5
 PHRASE = "{phrase}"
 
 
@@ -64,7 +65,7 @@ def run(options: EvalOptions) -> Outcome:
     """Ask the MLLM that a folder holds, or let the encoder search."""
     settings = settings_of(GroundingSettings, options)
     data = load_region_split(options.data_path, split=options.split or "all", seed=options.seed)
-    expressions = load_expressions(data, settings.of, options.limit)
+    expressions = load_expressions(data, settings.of, options.limit, options.seed)
     if model_type(options.model) == ENCODER:
         return score_located(expressions, locate_texts(options, data, expressions.rows), options.seed)
     return evaluate_grounding(load_answerer(options, settings), expressions, settings, mllm_settings(options))
@@ -92,13 +93,14 @@ class Expressions:
         return [self.data.regions[row] for row in self.rows]
 
 
-def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None = None) -> Expressions:
+def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None = None, seed: int = 0) -> Expressions:
     """Take the expressions of region-text data that name their box alone.
 
     Args:
         data: All images of a split.
         of: The public set; a split of it that has fewer expressions than it should is called a subset.
-        limit: So many expressions, drawn with the data's seed; None takes all.
+        limit: So many expressions, drawn with ``seed``; None takes all.
+        seed: Of the draw.
 
     Raises:
         ClocError: There is none, the set has no such split, or there are more of them than the split has.
@@ -107,8 +109,18 @@ def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None
     if not findable:
         raise ClocError("there is no expression that names one region alone", file=data.ref.name)
     total = len(findable) if of is None else known_size(of, data.ref.split, len(findable))
-    chosen = [findable[k] for k in draw(len(findable), limit, data.ref.seed)]
-    ref = DatasetRef(of or data.ref.name, data.ref.split, len(chosen), total, data.ref.seed, "expressions")
+    chosen = [findable[k] for k in draw(len(findable), limit, seed)]
+    drawn = seed if len(chosen) < len(findable) else None
+    ref = DatasetRef(
+        of or data.ref.name,
+        data.ref.split,
+        len(chosen),
+        total,
+        drawn,
+        "expressions",
+        data.ref.path,
+        of or data.ref.kind,
+    )
     return Expressions(ref, chosen, data, len(data.regions) - len(findable))
 
 
@@ -156,7 +168,9 @@ def evaluate_grounding(
     answers = ask_each(answerer, len(regions), conversation, asking, expressions.ref.split)
     ious = box_ious(first_boxes(answers), [region.box for region in regions])
     records = [
-        {"id": data.ids[one.image], "phrase": one.text, "box": list(one.box), "iou": round(float(iou), 4)}
+        {"id": data.ids[one.image], "row": data.rows[one.image], "phrase": one.text, "question": one.text}
+        | {"true_boxes": [list(one.box)], "iou": round(float(iou), 4), "right": bool(iou >= HEADLINE)}
+        | {"score": 1.0 if iou >= HEADLINE else round(float(iou), 4)}
         | answer_record(answer)
         for one, iou, answer in zip(regions, ious, answers, strict=True)
     ]

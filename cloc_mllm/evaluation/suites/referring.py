@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cloc_mllm.data.dataset import ConversationDataset
+from cloc_mllm.data.messages import Message, region_boxes, turn_text
 from cloc_mllm.data.readers import sample_name
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import draw
@@ -81,7 +82,7 @@ def load_referring(path: str | Path, split: str = "all", limit: int | None = Non
     """
     dataset = ConversationDataset(path, preferred="questions.jsonl")
     rows = draw(len(dataset), limit, seed)
-    ref = DatasetRef(Path(path).resolve().name, split, len(rows), len(dataset), seed, "questions")
+    ref = DatasetRef(Path(path).resolve().name, split, len(rows), len(dataset), seed, "questions", str(path))
     return ReferringSplit(ref, [_referred(dataset, row) for row in rows], dataset)
 
 
@@ -145,8 +146,10 @@ def evaluate_referring(
     outcomes = [which_named(text, *one.pair) for text, one in zip(said, questions, strict=True)]
     metrics = _scored(questions, said, settings.seed)
     records = [
-        {"id": one.id, "kind": one.kind, "truth": one.pair[0], "other": one.pair[2], "named": named}
+        {"id": one.id, "row": one.row, "kind": one.kind, "truth": one.pair[0], "other": one.pair[2], "named": named}
         | {name: right(answer.text, *one.pair) for name, right in SCORERS.items()}
+        | _shown(split.dataset.source[one.row]["messages"][-1])
+        | {"right": strict_right(answer.text, *one.pair)}
         | answer_record(answer)
         for one, answer, named in zip(questions, answers, outcomes, strict=True)
     ]
@@ -159,6 +162,10 @@ def evaluate_referring(
     }
     unparsed = counted["neither"] / len(questions)
     return Outcome(split.ref, metrics, details, unparsed, records)
+
+
+def _shown(turn: Message) -> dict[str, Any]:
+    return {"question": turn_text(turn), "boxes_in": region_boxes(turn)}
 
 
 def _scored(questions: Sequence[Referred], said: Sequence[str], seed: int) -> dict[str, Metric]:

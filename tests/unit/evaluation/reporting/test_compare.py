@@ -50,7 +50,14 @@ def write(folder: Path, model: str, data: Path, hits: list[int], split: str = "t
     write_report(report, folder)
     write_scores(metrics, folder)
     answers: list[dict[str, Any]] = [
-        {"id": str(k), "row": k, "question": "Where?", "answer": text, "right": bool(hit), "box": [2, 2, 20, 20]}
+        {
+            "id": str(k),
+            "row": k,
+            "question": "Where?",
+            "answer": text,
+            "right": bool(hit),
+            "true_boxes": [[2, 2, 20, 20]],
+        }
         for k, hit in enumerate(hits)
     ]
     (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))

@@ -142,7 +142,7 @@ def test_the_suite_with_a_real_model_goes_on_where_it_was(
     assert report["details"]["judge"]["replies asked for now"] == 2
     assert report["metrics"]["ferret_bench_average"] == {"value": 0.25, "ci95": [0.25, 0.25], "n": 6}
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
-    assert all("s3cret" not in file.read_text() for file in out.iterdir())
+    assert all(b"s3cret" not in file.read_bytes() for file in out.iterdir())
 
 
 def test_rules_of_the_data_are_used(bench: Path) -> None:
