@@ -40,6 +40,7 @@ PLACEHOLDERS = ("<image>", "<region>", "<ground>")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """What stands for no letter in any script: control characters but tab and line breaks, and halves of a character. Marks
 that scripts need, such as joiners and directions, are none of these."""
+_CONTROL_RUN = re.compile(f" *{_CONTROL.pattern}[ {_CONTROL.pattern[1:-1]}]*")
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def control_problems(text: str, what: str) -> Iterator[Problem]:
 
 
 def cleaned(text: str, counts: Counter[str]) -> str:
-    """A text without control characters, a blank in place of each run of them; such texts are counted."""
+    """A text without control characters, a blank in place of each run within it; such texts are counted."""
     if _CONTROL.search(text) is None:
         return text
     counts["texts_cleaned"] += 1
-    return " ".join(_CONTROL.sub(" ", text).split())
+    return _CONTROL_RUN.sub(lambda run: "" if run.start() == 0 or run.end() == len(text) else " ", text)
 
 
 def box_problems(box: Any, size: Size | None, what: str = "box") -> Iterator[Problem]:

@@ -77,15 +77,20 @@ def scan_tar(shard: str) -> npt.NDArray[np.int64]:
                 if own != key:
                     offsets.append(member.offset)
                 key, end = own, behind
-        with open(shard, "rb") as file:
-            file.seek(behind)
-            whole = file.read(_BLOCK) == bytes(_BLOCK)
+        whole = ends_at(shard, behind)
     except (tarfile.TarError, OSError, EOFError) as error:
         remedy = "Shards are plain .tar files, not compressed ones; copy a shard that is cut off anew."
         raise ClocError(f"not a readable tar file: {error}", file=shard, remedy=remedy) from error
     if not whole:  # tarfile takes a header that is cut off for the end
         raise ClocError("the tar file has no end: it is cut off or damaged", file=shard, remedy="Copy it anew.")
     return np.asarray([*offsets, end], np.int64)
+
+
+def ends_at(shard: str | Path, place: int) -> bool:
+    """Whether a tar file on disk has its end at a place: `tarfile` takes a damaged header for the end, too."""
+    with open(shard, "rb") as file:
+        file.seek(place)
+        return file.read(_BLOCK) == bytes(_BLOCK)
 
 
 def _is_meta(key: str) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 from cloc_mllm.data.builders.templates import LVIS_REFERRING
 from cloc_mllm.data.importers.annotation_index import AnnotationIndex
 from cloc_mllm.data.importers.coco import clipped_outline
+from cloc_mllm.data.importers.conversion import compared
 from cloc_mllm.data.importers.lvis import LvisSource
 from cloc_mllm.data.importers.pictures import picture_in, picture_size
 from cloc_mllm.data.messages import question_items
@@ -114,12 +115,11 @@ def build_lvis_referring(options: ReferringOptions) -> dict[str, Any]:
     from cloc_mllm.data.writers import JsonlWriter
 
     counts: Counter[str] = Counter()
+    database = options.out / ".annotations.db"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        database = options.out / ".annotations.db"
         source = LvisSource(options.instances, masks=True)
-        index = AnnotationIndex.build(database, source.events(Counter()), options.instances)
-        asker = _Asker(index, options, counts)
+        asker = _Asker(AnnotationIndex.build(database, source.events(counts), options.instances), options, counts)
         with JsonlWriter(options.out, "questions") as writer:
             for question in asker.questions():
                 counts["questions_written"] += 1
@@ -128,11 +128,12 @@ def build_lvis_referring(options: ReferringOptions) -> dict[str, Any]:
             if options.objects is not None and counts["objects_asked_about"] != options.objects:
                 problem = f"{options.objects} objects were asked for, but only {counts['objects_asked_about']} qualify"
                 raise ClocError(problem, file=options.instances, remedy="Raise --limit-per-image, or ask for fewer.")
-        database.unlink()
         result = _report(options, counts)
         (options.out / "dataset.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ClocError(f"cannot write: {error.strerror or error}", file=error.filename or options.out) from error
+    finally:
+        database.unlink(missing_ok=True)
     return result
 
 
@@ -300,7 +301,7 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
 def _report(options: ReferringOptions, counts: Counter[str]) -> dict[str, Any]:
     shown = {name: counts[name] for name in COUNTS}
     shown |= {name: count for name, count in sorted(counts.items()) if name not in COUNTS}
-    return {
+    result: dict[str, Any] = {
         "kind": "built: lvis-referring",
         "format": "jsonl",
         "frame": "xyxy pixels of the original image",
@@ -312,3 +313,7 @@ def _report(options: ReferringOptions, counts: Counter[str]) -> dict[str, Any]:
         "objects": options.objects,
         "counts": shown,
     }
+    for split, wanted in LvisSource.expected.items():
+        if split in options.instances.name:
+            result |= compared(options.instances, f"lvis {split}", split, wanted, shown)
+    return result

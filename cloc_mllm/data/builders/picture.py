@@ -10,6 +10,7 @@ from typing import Any
 
 from cloc_mllm.data.english import content_words, without_article
 from cloc_mllm.data.phrases import words_of
+from cloc_mllm.data.schema import raise_first, shape_problems
 
 Box = tuple[float, ...]
 
@@ -90,10 +91,15 @@ class Picture:
 
         Returns:
             `{"box"}`, `{"point"}` or `{"mask"}`, in pixels.
+
+        Raises:
+            ClocError: Its mask cannot be read.
         """
         thing = self.things[number]
         if shape == "mixed":
             shape = draw.choice(("box", "point") if thing.mask is None else ("box", "point", "mask"))
+        if shape in ("mask", "point") and thing.mask is not None:
+            raise_first(shape_problems("mask", thing.mask, self.size, "the mask of a region"), None, None)
         if shape == "mask" and thing.mask is not None:
             counts["regions_shown_as_mask"] += 1
             return {"mask": thing.mask}

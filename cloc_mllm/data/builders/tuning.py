@@ -228,7 +228,10 @@ def _conversation(
     raise_first(region_text_problems(raw, size), file, name)
     draw = random.Random(f"{options.seed}-{options.kind}-{index}")
     asker = Asker(Picture(raw, size), options.choices, vocabulary, draw, counts)
-    messages = _messages(asker, options)
+    try:
+        messages = _messages(asker, options)
+    except ClocError as error:
+        raise ClocError(error.problem, file=file, sample=name, remedy=error.remedy) from error
     counts["regions_read"] += len(raw["regions"])
     counts["boxes_read"] += len(asker.picture.things)
     counts["boxes_not_asked_about"] += len(asker.picture.free)

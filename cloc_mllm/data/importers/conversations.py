@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cloc_mllm.data.importers.conversion import compared
 from cloc_mllm.data.importers.json_stream import stream_items
 from cloc_mllm.data.importers.pictures import Pictures
 from cloc_mllm.data.readers import open_file, sample_name
-from cloc_mllm.data.schema import conversation_problems, raise_first
+from cloc_mllm.data.schema import cleaned, conversation_problems, raise_first
 from cloc_mllm.errors import ClocError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -35,12 +36,14 @@ class Origin:
         source: The public page that defines it.
         licence: Of the data published in it.
         frame: The frame of its boxes, and what becomes of them.
+        samples: What a whole known file must count; `None` for any other.
     """
 
     kind: str
     source: str
     licence: str
     frame: str
+    samples: int | None = None
 
 
 Translate = Callable[[Mapping[str, Any], Pictures, "Counter[str]"], Messages]
@@ -68,6 +71,8 @@ def common_options(args: argparse.Namespace) -> dict[str, Any]:
 def read_samples(path: str | Path) -> Iterator[tuple[Any, str]]:
     """Yields the raw samples of a file and where each stands, without holding the file in memory.
 
+    A line that cannot be read comes as the `ClocError` that says so, in the sample's place: the lines behind it can be.
+
     Raises:
         ClocError: The file is missing, malformed or of another kind.
     """
@@ -80,7 +85,12 @@ def read_samples(path: str | Path) -> Iterator[tuple[Any, str]]:
         return
     source = open_file(path)
     for number in range(len(source)):
-        yield source[number], source.where(number)[1]
+        where = source.where(number)[1]
+        try:
+            raw: Any = source[number]
+        except ClocError as error:
+            raw = error
+        yield raw, where
 
 
 def convert_conversations(
@@ -139,7 +149,10 @@ def convert_conversations(
                 counts["samples_written"] += 1
                 writer.write(sample)
         counts["samples_skipped"] = len(skipped)
-        result = {**asdict(origin), "format": file_format, "counts": dict(counts)}
+        stated = {key: value for key, value in asdict(origin).items() if key != "samples"}
+        result: dict[str, Any] = {**stated, "format": file_format, "counts": dict(counts)}
+        if origin.samples is not None:
+            result |= compared(src, origin.kind, src.stem, {"samples_read": origin.samples}, counts)
         (out / "dataset.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (out / "skipped.txt").unlink(missing_ok=True)
         if skipped:
@@ -154,6 +167,8 @@ def _convert(
 ) -> dict[str, Any]:
     """One sample in the messages format, checked; what it changed is in `counts`."""
     name = sample_name(raw if isinstance(raw, Mapping) else None, where)
+    if isinstance(raw, ClocError):
+        raise raw
     if not isinstance(raw, Mapping):
         raise ClocError("not a JSON object", file=src, sample=name, remedy="A sample is an object, {...}.")
     try:
@@ -163,6 +178,10 @@ def _convert(
     except ClocError as error:
         problem = f"{error.file}: {error.problem}" if error.file else error.problem
         raise ClocError(problem, file=src, sample=name, remedy=error.remedy) from error
+    for item in (item for message in messages for item in message["content"]):
+        for key in ("text", "phrase"):
+            if isinstance(item.get(key), str):
+                item[key] = cleaned(item[key], counts)
     sample = {"id": str(raw.get("id", where.replace(" ", "-"))), "messages": messages}
     raise_first(conversation_problems(sample, messages, sizes), str(src), name)
     counts["images"] += len(places)

@@ -27,6 +27,7 @@ from cloc_mllm.data.importers.annotation_index import Event
 from cloc_mllm.data.importers.conversion import ConvertOptions, RawSample, Source, add_common_arguments, reading
 from cloc_mllm.data.importers.conversion import convert as convert_source
 from cloc_mllm.data.importers.held_images import read_held
+from cloc_mllm.data.tar_shards import ends_at
 from cloc_mllm.errors import ClocError
 
 SUMMARY = "GRIT: noun chunks and referring expressions of web captions"
@@ -79,6 +80,9 @@ class GritSource(Source):
                 with reading(path, "annotations", row):
                     # Keys count within a file of the set, so they repeat over files.
                     image = f"{path.stem}/{row['key']}"
+                    if "damaged" in row:
+                        yield "image", image, {"damaged": row["damaged"], "shard": str(path)}
+                        continue
                     facts = {**place, "caption": str(row["caption"])}
                     notes = [list(map(float, chunk)) for name in COLUMNS[2:] for chunk in _listed(row.get(name))]
                     if any(len(note) != 7 for note in notes):
@@ -91,19 +95,22 @@ class GritSource(Source):
     def _of_tar(self, path: Path, counts: Counter[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         pictures: dict[str, list[Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
+        end = 0
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     key, ending = Path(member.name).stem, Path(member.name).suffix.lower()
                     if ending in _ENDINGS:
                         pictures[key] = ["tar", str(path), member.offset_data, member.size]
                     elif ending == ".json":
                         file = archive.extractfile(member)
-                        row = json.loads(file.read()) if file is not None else None
-                        rows[key] = row if isinstance(row, dict) else {}
+                        rows[key] = _row(b"" if file is None else file.read())
                     if key in pictures and key in rows:
                         yield {"held": pictures.pop(key)}, {"key": key, **rows.pop(key)}
-        except (OSError, tarfile.TarError, ValueError) as error:
+            if not ends_at(path, end):
+                raise tarfile.ReadError("it is cut off, or a header in it is damaged")
+        except (OSError, tarfile.TarError) as error:
             raise ClocError(f"cannot be read as a tar shard: {error}", file=path, remedy="Fetch it again.") from error
         counts["annotations_without_picture_left_out"] += len(rows)
 
@@ -127,6 +134,8 @@ class GritSource(Source):
         self, image: str, facts: dict[str, Any], notes: list[tuple[str, dict[str, Any]]], counts: Counter[str]
     ) -> RawSample:
         """Noun chunks, then the referring expressions that say more."""
+        if "damaged" in facts:
+            raise ClocError(facts["damaged"], file=facts["shard"], remedy="Fetch the shard again, or skip the sample.")
         caption = facts["caption"]
         regions: dict[tuple[str, tuple[float, ...]], dict[str, Any]] = {}
         for _, note in notes:
@@ -143,6 +152,15 @@ class GritSource(Source):
         held = facts["file"] if "file" in facts else read_held(facts["held"])
         spoken = " ".join(caption.split())
         return RawSample(held, None, [spoken] if spoken else [], list(regions.values()))
+
+
+def _row(content: bytes) -> dict[str, Any]:
+    """The annotations in a member of a shard, or under `damaged` what is wrong with it."""
+    try:
+        row = json.loads(content)
+    except ValueError as error:
+        return {"damaged": f"not valid JSON: {error}"}
+    return row if isinstance(row, dict) else {"damaged": "not a JSON object"}
 
 
 def _listed(value: Any) -> list[Any]:

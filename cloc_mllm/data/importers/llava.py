@@ -1,9 +1,22 @@
-"""LLaVA's JSON as published: blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json and files made like them.
+"""LLaVA's JSON as published, by LLaVA and by ShareGPT4V: captions and instructions, and files made like them.
 
-Source: https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md, docs/Data.md). Licence: the instruction data
-is published for research, its GPT-generated part under CC BY-NC 4.0 and OpenAI's terms; pictures have their own.
+A sample is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; text-only samples have no "image"
+(docs/Finetune_Custom_Data.md of https://github.com/haotian-liu/LLaVA). Known files, told by their names, whose page,
+licence and number of samples go to `dataset.json`; where the number differs, a warning says so:
 
-A sample is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; text-only samples have no "image".
+  blip_laion_cc_sbu_558k                                        558,128   captions
+  llava_v1_5_mix665k                                            665,298   instructions; 40,688 of them text only
+  sharegpt4v_instruct_gpt4-vision_cap100k                       102,025   captions
+  share-captioner_coco_lcs_sam_1246k_1107                     1,246,901   captions
+  sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k         665,058   instructions
+
+The first two are at https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain and .../LLaVA-Instruct-150K, the others
+at https://huggingface.co/datasets/Lin-Chen/ShareGPT4V. Names of pictures start, for the first, in what its images.zip
+holds; for the others in the folder of `coco`, `gqa`, `ocr_vqa`, `textvqa` and `vg`, and of ShareGPT4V's `llava`, `sam`,
+`share_textvqa`, `web-celebrity`, `web-landmark` and `wikiart`. The numbers are those that others have counted (LLaVA
+issue 657; InternVL's list of its training data; users of ShareGPT4V, 118,287 of COCO + 558,128 of LLaVA + 570,486 of
+SAM); the files were not at hand here.
+
 `<image>` stands at the start or the end of a turn. A turn of the model before the first human one is left out, as
 LLaVA's own training does; a human turn without an answer at the end teaches nothing and is left out. Both are counted,
 as is the key "model", which is dropped.
@@ -40,7 +53,7 @@ from cloc_mllm.data.messages import from_llava, images_of, llava_problems
 from cloc_mllm.data.schema import key_problems
 from cloc_mllm.errors import ClocError
 
-SUMMARY = "LLaVA's JSON, as of blip_laion_cc_sbu_558k and llava_v1_5_mix665k"
+SUMMARY = "LLaVA's JSON: LLaVA-Pretrain 558k, mix665k, ShareGPT4V, and files like them"
 EXAMPLE = "cloc-mllm data convert llava llava_v1_5_mix665k.json --images images --boxes regions --out data/mix665k"
 
 BOX_MODES = ("text", "regions")
@@ -50,6 +63,24 @@ _FRAMES = {
     "regions": "Boxes were shares (0 to 1) of the picture padded to a square, rounded to 0.01; they are region items "
     "in pixels of the original image.",
 }
+_GPT4V = "CC BY-NC 4.0 and OpenAI's terms of use; pictures have licences of their own"
+_HUB = "https://huggingface.co/datasets"
+FILES: dict[str, tuple[str, str, int]] = {
+    "blip_laion_cc_sbu_558k": (
+        f"{_HUB}/liuhaotian/LLaVA-Pretrain",
+        "captions of CC-3M and of BLIP under their terms; pictures have licences of their own",
+        558_128,
+    ),
+    "llava_v1_5_mix665k": (
+        f"{_HUB}/liuhaotian/LLaVA-Instruct-150K",
+        "GPT-generated parts CC BY-NC 4.0 and OpenAI's terms, the others their sources'; pictures have their own",
+        665_298,
+    ),
+    "sharegpt4v_instruct_gpt4-vision_cap100k": (f"{_HUB}/Lin-Chen/ShareGPT4V", _GPT4V, 102_025),
+    "share-captioner_coco_lcs_sam_1246k_1107": (f"{_HUB}/Lin-Chen/ShareGPT4V", _GPT4V, 1_246_901),
+    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k": (f"{_HUB}/Lin-Chen/ShareGPT4V", _GPT4V, 665_058),
+}
+"""Published files by their names without ending: page, licence, number of samples."""
 _ORIGIN = Origin(
     "llava",
     "https://github.com/haotian-liu/LLaVA",
@@ -95,6 +126,9 @@ def convert_llava(
     if boxes not in BOX_MODES:
         raise ClocError(f"boxes is '{boxes}'", remedy=f"Write one of {', '.join(BOX_MODES)}.")
     origin = dataclasses.replace(_ORIGIN, frame=_FRAMES[boxes])
+    if known := FILES.get(Path(src).stem):
+        page, licence, samples = known
+        origin = dataclasses.replace(origin, source=page, licence=licence, samples=samples)
     return convert_conversations(src, images, out, origin, partial(_messages, boxes=boxes), **options)
 
 

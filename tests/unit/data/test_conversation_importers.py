@@ -14,16 +14,21 @@ from hypothesis import strategies as st
 from cloc_mllm.apps.cli import main
 from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.importers.ferret import convert_ferret
-from cloc_mllm.data.importers.llava import convert_llava, from_padded_square
+from cloc_mllm.data.importers.llava import FILES, convert_llava, from_padded_square
 from cloc_mllm.data.importers.ms_swift import convert_ms_swift
 from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.data.writers import open_writer
 from cloc_mllm.errors import ClocError
-from tests.builders import noise_image
+from cloc_mllm.models.region_shapes import read_mask
+from tests.builders import noise_image, png_bomb
 
 Sample = dict[str, Any]
 CONVERTERS = {"llava": convert_llava, "ferret": convert_ferret, "ms-swift": convert_ms_swift}
+
+
+CORNER = {"size": [30, 40], "counts": [0, 5, 25, 5, 1165]}
+"""The run-length code of a mask of 40 x 30 pixels: the upper five of its first two columns."""
 
 
 def turns(*texts: str) -> list[Sample]:
@@ -51,7 +56,7 @@ def ferret_samples() -> list[Sample]:
     ask, answer = "<image>\nWhat is <bbox_location0> beside <bbox_location1>?", "A dog <bbox_location0>."
     return [
         {"id": 0, "image": "a.png", **size, "conversations": turns(ask, answer), "location_instruction": True,
-         "box_x1y1x2y2": [[[4, 5, 20, 22], [1.5, 2, 9, 30]], [[3, 3, 40.5, 9]]], "masks": [[{}, {}], [{}]]},
+         "box_x1y1x2y2": [[[4, 5, 20, 22], [1.5, 2, 9, 30]], [[3, 3, 40.5, 9]]], "masks": [[CORNER, None], [CORNER]]},
         {"id": 1, "image": "a.png", **size, "conversations": turns("<image>\nWhat is <bbox_location0>?", "Button"),
          "box_x1y1x2y2": [[[4, 5, 20, 22]], []]},
         {"id": "2", "image": "coco/b.png", "conversations": turns("<image>\nWell?", "Yes.")},
@@ -178,12 +183,16 @@ def test_a_box_that_rounding_has_flattened_keeps_an_area() -> None:
 
 def test_ferret_as_published(pictures: Path) -> None:
     counts, items = convert("ferret", ferret_samples(), pictures)
+    assert shown(items[0])[:5] == ["IMAGE", "What is ", {"mask": CORNER}, " beside ", {"box": [1.5, 2.0, 9.0, 30.0]}]
+    assert (counts["masks_carried"], counts["masks_left_out"]) == (1, 1)
+    assert read_mask(shown(items[0])[2]["mask"], 40, 30).sum() == 10
+    counts, items = convert("ferret", ferret_samples(), pictures, "boxes", shape="box")
     assert shown(items[0]) == [
         "IMAGE", "What is ", {"box": [4.0, 5.0, 20.0, 22.0]}, " beside ", {"box": [1.5, 2.0, 9.0, 30.0]}, "?",
         "A dog ", {"box": [3.0, 3.0, 40.0, 9.0]}, ".",
     ]  # fmt: skip
     assert shown(items[2]) == ["IMAGE", "Well?", "Yes."]
-    assert (counts["boxes_clipped"], counts["masks_left_out"], counts["regions_shown"]) == (1, 1, 3)
+    assert (counts["boxes_clipped"], counts["masks_left_out"], counts["regions_shown"]) == (1, 2, 3)
 
 
 def test_ms_swift_as_published(pictures: Path) -> None:
@@ -208,10 +217,14 @@ BROKEN: list[tuple[str, Sample, str]] = [
     ("llava", {"conversations": turns("Hm?", "No."), "video": "a.mp4"}, "unknown key 'video'"),
     ("llava", {"conversations": turns("What is <ground>?", "No.")}, "holds '<ground>'"),
     ("ferret", {"image_w": 41}, "41 x 30 pixels, but the picture has 40 x 30"),
-    ("ferret", {"box_x1y1x2y2": [[[4, 5, 20, 22]], []]}, "turn 0 has <bbox_location1>, but 1 boxes"),
-    ("ferret", {"box_x1y1x2y2": [[[1, 1, 2, 2]] * 3, [[1, 1, 2, 2]]]}, "box 2 of turn 0 stands nowhere"),
+    ("ferret", {"masks": [], "box_x1y1x2y2": [[[4, 5, 20, 22]], []]}, "turn 0 has <bbox_location1>, but 1 boxes"),
+    ("ferret", {"masks": [], "box_x1y1x2y2": [[[1, 1, 2, 2]] * 3, [[1, 1, 2, 2]]]}, "box 2 of turn 0 stands nowhere"),
     ("ferret", {"box_x1y1x2y2": [[[1, 1, 2, 2]] * 2, [[50, 1, 60, 2]]]}, "has no area"),
     ("ferret", {"box_x1y1x2y2": [[], [], []]}, "lists for 3 turns, but the conversation has 2"),
+    ("ferret", {"masks": [[CORNER]]}, "turn 0 has 1 masks, but 2 boxes"),
+    ("ferret", {"masks": {"size": [30, 40]}}, "'masks' is not a list with a list for each turn"),
+    ("ferret", {"masks": [[{"size": [3, 4], "counts": [0, 12]}] * 2]}, "the mask is 4 x 3 pixels, but its image is 40"),
+    ("ferret", {"masks": [[{"size": [30, 40], "counts": "?"}] * 2]}, "the runs of the mask hold 15 pixels"),
     ("ms-swift", {"objects": {"ref": [], "bbox": []}}, "<ref-object> for which nothing is left"),
     ("ms-swift", {"objects": {"ref": ["a", "b", "c"], "bbox": [[1, 1, 2, 2]] * 2}}, "more entries than <ref-object>"),
     ("ms-swift", {"objects": {"ref": ["a", "b"], "bbox": [[1, 1], [2, 2]]}}, "the assistant's and holds a point"),
@@ -312,3 +325,64 @@ def test_the_command(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is not a list" in capsys.readouterr().err
     assert main(["data", "convert", "ferret", str(pictures), "--images", ".", "--out", str(out)]) == 2
     assert "cannot tell what" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_known_files_are_told_by_name_and_counted(name: str, pictures: Path) -> None:
+    """ShareGPT4V's files have LLaVA's keys, with pictures of further folders."""
+    page, licence, samples = FILES[name]
+    captioned = {"id": "sa_1", "image": "coco/b.png", "conversations": turns("<image>\nDescribe it.", "A bus.")}
+    source = pictures.parent / f"{name}.json"
+    source.write_text(json.dumps([captioned, *llava_samples()]))
+    with pytest.warns(
+        UserWarning, match=f"{name}.json is not the whole of llava: samples read: 6 instead of {samples:,}"
+    ):
+        result = convert_llava(source, pictures, pictures.parent / "out")
+    assert (result["source"], result["licence"], result["expected"]) == (page, licence, {"samples_read": samples})
+    assert result["counts"]["samples_written"] == 6
+
+
+def test_a_line_that_cannot_be_read_is_one_sample(pictures: Path) -> None:
+    source = pictures.parent / "source.jsonl"
+    good = [json.dumps(sample) for sample in llava_samples()[:2]]
+    source.write_text("\n".join([good[0], good[1][:-20], good[1]]))
+    with pytest.raises(ClocError, match=r"source\.jsonl: sample 'line 2': not valid JSON"):
+        convert_llava(source, pictures, pictures.parent / "out")
+    counts = convert_llava(source, pictures, pictures.parent / "out", on_bad_sample="skip")["counts"]
+    assert (counts["samples_read"], counts["samples_written"], counts["samples_skipped"]) == (3, 2, 1)
+    assert "line 2" in (pictures.parent / "out" / "skipped.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "problem"),
+    [
+        (b"<!DOCTYPE html><title>not found</title>", "x.jpg", "x.jpg: the image cannot be read: cannot identify"),
+        (png_bomb(50_000), "x.jpg", r"x.jpg: the image cannot be read: Image size \(2500000000 pixels\) exceeds limit"),
+        (b"", "x.jpg", "x.jpg: the image cannot be read"),
+        (b"", "../secret.jpg", "the name of a picture leads out of --images"),
+        (b"", "/etc/secret.jpg", "the name of a picture leads out of --images"),
+        (b"", "https://host/x.jpg", "names no image file"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_pictures_that_are_none(content: bytes, name: str, problem: str, pictures: Path) -> None:
+    (pictures / "x.jpg").write_bytes(content)
+    bad = {"id": "culprit", "image": name, "conversations": turns("<image>\nHm?", "No.")}
+    samples = [llava_samples()[0], bad, llava_samples()[1]]
+    with pytest.raises(ClocError, match=problem) as caught:
+        convert("llava", samples, pictures)
+    assert caught.value.sample == "culprit (entry 1)"
+    assert caught.value.remedy
+    counts, _ = convert("llava", samples, pictures, on_bad_sample="skip")
+    assert (counts["samples_written"], counts["samples_skipped"]) == (2, 1)
+
+
+def test_texts_in_any_script_go_through_and_control_characters_do_not(pictures: Path) -> None:
+    said = "\x00猫と犬 \u202eقط \ud83d кот \U0001f408\x7f"
+    samples = [{"id": "1", "conversations": turns("Hm?\n\tWell?", said)}]
+    counts, items = convert("llava", samples, pictures)
+    assert shown(items[0]) == ["Hm?\n\tWell?", "猫と犬 \u202eقط кот \U0001f408"]
+    assert counts["texts_cleaned"] == 1
+    (pictures.parent / "raw.jsonl").write_text(json.dumps(samples[0]))
+    with pytest.raises(ClocError, match=r"raw\.jsonl: sample '1 \(line 1\)': .* holds the control character U\+0000"):
+        ConversationDataset(pictures.parent / "raw.jsonl")[0]

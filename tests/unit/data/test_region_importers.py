@@ -6,9 +6,7 @@ import csv
 import io
 import json
 import pickle
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloc_mllm.apps.cli import main
+from cloc_mllm.data import writers
 from cloc_mllm.data.importers import conversion
 from cloc_mllm.data.importers.annotation_index import AnnotationIndex
 from cloc_mllm.data.importers.coco import convert_coco
 from cloc_mllm.data.importers.conversion import ConvertOptions, convert
 from cloc_mllm.data.importers.flickr30k_entities import read_sentence
+from cloc_mllm.data.importers.grit import GritSource
 from cloc_mllm.data.importers.open_images import OpenImagesSource
 from cloc_mllm.data.importers.refcoco import read_refs
 from cloc_mllm.data.importers.visual_genome import VisualGenomeSource
 from cloc_mllm.data.inspection.check import check_data
-from cloc_mllm.data.readers import open_samples
+from cloc_mllm.data.readers import open_file, open_samples
 from cloc_mllm.errors import ClocError
-from tests.builders import noise_image
+from tests.builders import noise_image, png_bomb
 
 
 def picture(path: Path, width: int = 40, height: int = 30, seed: int = 0) -> bytes:
@@ -326,6 +326,54 @@ def test_grit_as_img2dataset_writes_it(tmp_path: Path) -> None:
     ]
 
 
+def grit_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "problem"),
+    [
+        ("jpg", b"<!DOCTYPE html>", "the image cannot be read: cannot identify"),
+        ("jpg", png_bomb(50_000), "the image cannot be read: Image size .* exceeds limit"),
+        ("json", b'{"caption": "cut o', "not valid JSON: Unterminated string"),
+        ("json", b"[1]", "not a JSON object"),
+    ],
+    ids=["html", "bomb", "cut off", "a list"],
+)
+def test_a_damaged_member_of_a_shard(ending: str, content: bytes, problem: str, tmp_path: Path) -> None:
+    members = []
+    for k in range(3):
+        parts = {"jpg": picture(tmp_path / "x.jpg"), "json": json.dumps({**grit_rows()[0], "key": str(k)}).encode()}
+        members += [(f"{k}.{name}", content if (k, name) == (1, ending) else data) for name, data in parts.items()]
+    source = GritSource([grit_shard(tmp_path / "00000.tar", members)])
+    with pytest.raises(ClocError, match=f"00000.tar: sample '00000/1': {problem}") as caught:
+        convert(source, ConvertOptions(None, tmp_path / "a", "webdataset"))
+    assert caught.value.remedy
+    options = ConvertOptions(None, tmp_path / "b", "webdataset", on_bad_sample="skip")
+    counts = convert(source, options)["counts"]
+    assert (counts["images_listed"], counts["images_written"], counts["images_bad_left_out"]) == (3, 2, 1)
+    assert check_data(tmp_path / "b").faults == []
+
+
+def test_a_damaged_shard_is_not_taken_for_a_short_one(tmp_path: Path) -> None:
+    content = picture(tmp_path / "x.jpg")
+    row = json.dumps(grit_rows()[0]).encode()
+    path = grit_shard(tmp_path / "00000.tar", [(f"{k}.{name}", data) for k in range(3)
+                                                for name, data in (("jpg", content), ("json", row))])  # fmt: skip
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[4]
+    for damaged in (whole[: third.offset + 200], whole[: third.offset] + b"\xff" * 512 + whole[third.offset + 512 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(ClocError, match=r"00000\.tar: cannot be read as a tar shard"):
+            convert(GritSource([path]), ConvertOptions(None, tmp_path / "a"))
+
+
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_grit_as_parquet(in_folder: bool, tmp_path: Path) -> None:
     rows = grit_rows()
@@ -403,21 +451,11 @@ def test_a_conversion_with_other_options_starts_anew(tmp_path: Path) -> None:
     assert (counts["images_written"], counts["images_bad_left_out"]) == (2, 1)
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that would decode to `side` x `side` pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (b"<!DOCTYPE html><title>not found</title>", "the image cannot be read: cannot identify"),
-        (bomb(50_000), "the image cannot be read: Image size .* exceeds limit"),
+        (png_bomb(50_000), "the image cannot be read: Image size .* exceeds limit"),
         (b"", "the image cannot be read"),
     ],
 )
@@ -437,8 +475,10 @@ def test_a_name_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
         content = json.loads(file.read_text())
         content["images"][1]["file_name"] = name
         file.write_text(json.dumps(content))
-    with pytest.raises(ClocError, match="the name of a picture leads out of --images"):
+    with pytest.raises(ClocError, match="sample '1': the name of a picture leads out of --images"):
         convert_coco(images, instances, captions, tmp_path / "a")
+    counts = convert_coco(images, instances, captions, tmp_path / "a", on_bad_sample="skip")["counts"]
+    assert (counts["images_listed"], counts["images_written"], counts["images_bad_left_out"]) == (2, 1, 1)
 
 
 def test_an_annotation_file_that_is_cut_off(tmp_path: Path) -> None:
@@ -458,3 +498,26 @@ def test_text_in_any_script_goes_through(tmp_path: Path) -> None:
     assert open_samples(tmp_path / "a")[0]["caption"] == "猫と犬 \u202eقط кот \U0001f408"
     assert counts["texts_cleaned"] == 1
     assert check_data(tmp_path / "a").faults == []
+
+
+def test_shards_of_any_size_keep_every_sample(tmp_path: Path) -> None:
+    """More samples to a shard than a writer puts in a file by itself."""
+    files = coco(tmp_path, 7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "_SHARD", 2)
+        patch.setattr(writers.ParquetWriter.__init__, "__defaults__", ("regions", 2))
+        convert_coco(*files, tmp_path / "a", file_format="parquet", shard=5)
+    assert [len(open_file(path)) for path in sorted((tmp_path / "a").glob("*.parquet"))] == [5, 2]
+
+
+def test_outlines_are_kept_if_asked_for(tmp_path: Path) -> None:
+    images, instances, captions = coco(tmp_path, 2)
+    content = json.loads(instances.read_text())
+    for box in content["annotations"]:
+        box["segmentation"] = [[0, 0, 41.5, 0, 41.5, 10]]
+    instances.write_text(json.dumps(content))
+    words = ["--images", images, "--instances", instances, "--captions", captions]
+    _, samples = converted(tmp_path, "coco", *words, "--masks", "--format", "parquet")
+    assert samples[0]["regions"][0]["attributes"] == {"mask": [[0, 0, 40, 0, 40, 10]]}
+    _, samples = converted(tmp_path, "coco", *words, out="plain")
+    assert "attributes" not in samples[0]["regions"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from cloc_mllm.data.inspection.faults import sample_problems
 from cloc_mllm.data.inspection.pictures import PictureSizes
 from cloc_mllm.data.messages import messages_of, problems_before_messages
-from cloc_mllm.data.schema import box_problems, conversation_problems, raise_first, region_text_problems, shape_problems
+from cloc_mllm.data.schema import (
+    box_problems,
+    cleaned,
+    control_problems,
+    conversation_problems,
+    raise_first,
+    region_text_problems,
+    shape_problems,
+)
 from cloc_mllm.errors import ClocError
 from tests.builders import noise_image
 
@@ -236,3 +245,14 @@ def test_messages_with_any_value_in_some_places_are_judged(edits: list[tuple[int
     for number, value in edits:
         sample["messages"][number][key] = value
     assert isinstance(sample_problems(sample, None, PictureSizes()), list)
+
+
+@given(st.text(st.sampled_from("ab \t\n\x00\x07\x85\ud800\u202e猫"), max_size=12))
+def test_cleaning_takes_out_what_the_schema_refuses_and_nothing_else(text: str) -> None:
+    counts: Counter[str] = Counter()
+    clean = cleaned(text, counts)
+    assert not list(control_problems(clean, "it"))
+    assert bool(list(control_problems(text, "it"))) == (counts["texts_cleaned"] == 1) == (clean != text)
+    kept = set("\x00\x07\x85\ud800 ")
+    assert [letter for letter in clean if letter not in kept] == [letter for letter in text if letter not in kept]
+    clean.encode()

@@ -61,7 +61,9 @@ def lvis(folder: Path) -> Path:
 
 def built(folder: Path, **options: Any) -> tuple[dict[str, int], list[dict[str, Any]]]:
     file = lvis(folder)
-    result = build_lvis_referring(ReferringOptions(file, folder, folder / "out", progress=False, **options))
+    with pytest.warns(UserWarning, match="images listed: 4 instead of 19,809; categories: 4 instead of 1,203"):
+        result = build_lvis_referring(ReferringOptions(file, folder, folder / "out", progress=False, **options))
+    assert not (folder / "out" / ".annotations.db").exists()
     assert result == json.loads((folder / "out" / "dataset.json").read_text())
     assert check_data(folder / "out").faults == []
     lines = (folder / "out" / "questions.jsonl").read_text().splitlines()
@@ -108,7 +110,8 @@ def test_numbers_and_seeds(tmp_path: Path) -> None:
     assert built(tmp_path, objects=2, location="box", seed=3)[1] == questions
     assert any(built(tmp_path, objects=2, location="box", seed=seed)[1] != questions for seed in range(4, 9))
     with pytest.raises(ClocError, match="9 objects were asked for, but only 3 qualify"):
-        built(tmp_path, objects=9)
+        build_lvis_referring(ReferringOptions(lvis(tmp_path), tmp_path, tmp_path / "more", objects=9, progress=False))
+    assert not list((tmp_path / "more").glob("*.json*l"))
 
 
 def test_bad_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

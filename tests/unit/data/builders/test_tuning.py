@@ -266,6 +266,15 @@ def test_bad_samples_are_named_or_counted(tmp_path: Path) -> None:
     assert (counts["images_read"], counts["images_written"], counts["images_bad_left_out"]) == (4, 2, 2)
 
 
+@pytest.mark.parametrize("shape", ["mask", "point"])
+def test_a_mask_that_cannot_be_read(shape: str, tmp_path: Path) -> None:
+    data = several(1)
+    data[0]["regions"][0]["attributes"] = {"mask": {"size": [3, 3], "counts": [9]}}
+    with pytest.raises(ClocError, match=r"sample '0 \(line 1\)': the mask of a region: the mask is 3 x 3 pixels"):
+        built(tmp_path, data, "referring", choices=Choices(shape))
+    assert built(tmp_path, data, "referring")[0]["images_written"] == 1
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
