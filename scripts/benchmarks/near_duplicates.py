@@ -32,7 +32,7 @@ from cloc_mllm.data.inspection.statistics import inspect_data
 DISTANCES = (0, 2, 4, 6, 8, 10, 12)
 
 
-def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def saved(picture: Image.Image, kind: str = "BMP", **options: Any) -> bytes:
     """Return a picture's file."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
