@@ -64,7 +64,7 @@ def add_parsers(commands: Any) -> None:
     which = draw.add_mutually_exclusive_group()
     which.add_argument("--seed", type=int, help="draw them at random (default: evenly spread over each file)")
     which.add_argument("--ids", nargs="+", metavar="ID", help="show the samples of these ids")
-    draw.add_argument("--font", type=Path, help="a .ttf or .otf file; Pillow's own font has Latin letters only")
+    draw.add_argument("--font", type=Path, help="a .ttf or .otf file; Pillow's own font has plain Latin letters only")
     draw.add_argument("--cell", type=int, default=256, help="pixels of a picture's longer side (default: %(default)s)")
     _add_leaks(commands)
 

@@ -74,11 +74,13 @@ def binned(
             break
     if max(histogram) <= 1.5 * high:
         high = max(histogram)
+    inside = edge is not None and edge < max(histogram)
+    if edge is not None and inside:
+        high = max(high, edge)
     width = max(1, -(-(high + 1) // most_bars))
-    if edge is not None and edge < max(histogram):
+    if edge is not None and inside:
         while (edge + 1) % width:
             width = width + 1 if width < edge + 1 else edge + 1
-        high = max(high, edge)
     last = (min(high // width, 2 * most_bars) + 1) * width
     counts = [0] * (last // width)
     rest = 0

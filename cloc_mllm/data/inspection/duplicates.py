@@ -17,7 +17,7 @@ from cloc_mllm.data.inspection.pictures import HASH_BITS
 from cloc_mllm.errors import ClocError
 
 LARGEST_DISTANCE = 15
-_BLOCK = 1 << 21
+_BLOCK = 1 << 17
 
 Hashes = npt.NDArray[np.uint64]
 Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -53,22 +53,24 @@ def near_matches(queries: Hashes, targets: Hashes, distance: int) -> Iterator[Pa
     """
     masks = _band_masks(require_distance(distance) + 1)
     for number, mask in enumerate(masks):
-        keys = targets & mask
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        low = np.searchsorted(keys, queries & mask, side="left")
-        counts = np.searchsorted(keys, queries & mask, side="right") - low
+        # Both sides in the order of the bits they agree in, so that what is compared lies together in memory.
+        rows, order = np.argsort(queries & mask, kind="stable"), np.argsort(targets & mask, kind="stable")
+        sorted_queries, sorted_targets = queries[rows], targets[order]
+        keys = sorted_targets & mask
+        low = np.searchsorted(keys, sorted_queries & mask, side="left")
+        counts = np.searchsorted(keys, sorted_queries & mask, side="right") - low
         for start, stop in _blocks(counts):
-            left = np.repeat(np.arange(start, stop), counts[start:stop])
-            within = np.arange(len(left)) - np.repeat(
-                np.cumsum(counts[start:stop]) - counts[start:stop], counts[start:stop]
-            )
-            right = order[np.repeat(low[start:stop], counts[start:stop]) + within]
-            away = bit_distance(queries[left], targets[right])
-            kept = away <= distance
+            some = counts[start:stop]
+            left = np.repeat(np.arange(start, stop), some)
+            right = np.arange(len(left)) + np.repeat(low[start:stop] - (np.cumsum(some) - some), some)
+            kept = np.flatnonzero(bit_distance(sorted_queries[left], sorted_targets[right]) <= distance)
+            left, right = left[kept], right[kept]
+            bits = sorted_queries[left] ^ sorted_targets[right]
+            fresh = np.ones(len(bits), np.bool_)
             for earlier in masks[:number]:  # those that agree there too were found there
-                kept &= (queries[left] ^ targets[right]) & earlier != 0
-            yield left[kept], right[kept], away[kept]
+                fresh &= bits & earlier != 0
+            left, right = left[fresh], right[fresh]
+            yield rows[left], order[right], bit_distance(sorted_queries[left], sorted_targets[right])
 
 
 def near_pairs(hashes: Hashes, distance: int) -> Iterator[Pairs]:

@@ -127,8 +127,8 @@ def _not_a_picture(place: Any) -> str:
         try:
             with place.open("rb") as file:
                 head = file.read(256)
-        except OSError:
-            return ""  # that it is missing has been said
+        except (OSError, ValueError):
+            return ""  # that it is missing, or can be no path, has been said
     else:
         head = place[:256] if isinstance(place, bytes) else b"?"
     if not head:
@@ -233,7 +233,7 @@ class PictureTable:
 
 def path_key(place: Path) -> tuple[int, int]:
     """The hash by which a picture's file is known, however its path is written."""
-    return digest(os.path.abspath(place).encode("utf-8", "surrogateescape"))
+    return digest(os.path.abspath(place).encode("utf-8", "surrogatepass"))
 
 
 class PictureSizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ class Pen:
     """Writes texts in one font, which has no glyphs for some scripts: such characters become squares, and are counted.
 
     Args:
-        font_file: A TrueType or OpenType file; None for Pillow's own font, which has Latin letters only.
+        font_file: A TrueType or OpenType file; None for Pillow's own font, which has plain Latin letters only.
         size: Height in pixels.
 
     Attributes:
@@ -58,10 +59,15 @@ class Pen:
             return False  # Pillow without FreeType draws Latin-1 only
 
     def drawable(self, text: str) -> tuple[str, int]:
-        """A text with a square, or a question mark, for what cannot be drawn; and how many characters that are."""
+        """A text without the accents that the font lacks, a mark for each letter it lacks; and how many those are."""
         missing = _MISSING if self.has(_MISSING) else "?"
-        shown = "".join(character if self.has(character) else missing for character in text)
-        return shown, sum(not self.has(character) for character in text)
+        shown, lost = [], 0
+        for character in text:
+            bare = character if self.has(character) else unicodedata.normalize("NFKD", character)[0]
+            found = self.has(bare)
+            lost += not found
+            shown.append(bare if found else missing)
+        return "".join(shown), lost
 
     def width(self, text: str) -> float:
         """Width of a text in pixels."""
@@ -211,7 +217,7 @@ def draw_sheet(
         count: Most samples to show; files that cannot be shown are left out.
         seed: Draw the samples at random over all files; None takes them evenly spread over each file.
         ids: Show the samples of these ids, in this order, however many; neither `count` nor `seed` counts.
-        font: A font file; Pillow's own has Latin letters only.
+        font: A font file; Pillow's own has plain Latin letters only.
         cell: Size of a picture on the sheet in pixels.
 
     Returns:

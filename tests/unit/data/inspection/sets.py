@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,21 @@ def _cut(sample: Sample, folder: Path) -> Sample:
     return _file(sample, folder, (folder / sample["image"]).read_bytes()[:60])
 
 
+def bomb(side: int) -> bytes:
+    """The beginning of a PNG that says it has so many pixels on each side."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 FAULTS: dict[str, Callable[[Sample, Path], Any]] = {
     "does not exist": lambda s, f: {**s, "image": "none.png", "regions": []},
     "it is an HTML page": lambda s, f: _file(s, f, b"<!DOCTYPE html><html>404</html>"),
     "the file is empty": lambda s, f: _file(s, f, b""),
     "it is a pointer of Git LFS": lambda s, f: _file(s, f, b"version https://git-lfs.github.com/spec/v1\n"),
     "cannot be read": _cut,
+    "is too large to open safely": lambda s, f: _file(s, f, bomb(30_000)),
     "is outside the image": lambda s, f: _box(s, [0, 0, 65, 10]),
     "has no area": lambda s, f: _box(s, [5, 5, 5, 10]),
     "has x2 < x1": lambda s, f: _box(s, [9, 5, 5, 10]),

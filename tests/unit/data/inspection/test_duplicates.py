@@ -122,8 +122,8 @@ def test_a_thumbnail_has_the_hash_of_its_picture_and_a_flat_one_no_looks() -> No
 
 @pytest.mark.skipif(not COCO50.is_dir(), reason=f"the 50 photographs of COCO are not at {COCO50} (set CLOC_COCO50)")
 def test_photographs_are_told_from_one_another_and_known_again() -> None:
-    pictures = [Image.open(file).convert("RGB") for file in sorted((COCO50 / "train2017").glob("*.jpg"))]
-    looks = [look_at(encoded(picture, format="PNG"), None, hashes=True) for picture in pictures]
+    pictures = [Image.open(file).convert("RGB") for file in sorted((COCO50 / "train2017").glob("*.jpg"))[:25]]
+    looks = [look_at(encoded(picture, format="BMP"), None, hashes=True) for picture in pictures]
     own = np.array([look.look for look in looks], np.uint64)
     assert listed(near_pairs(own, 4)) == []
     copies = {
@@ -134,9 +134,9 @@ def test_photographs_are_told_from_one_another_and_known_again() -> None:
     }
     for name, files in copies.items():
         again = np.array([look_at(file, None, hashes=True).look for file in files], np.uint64)
-        assert {(i, j) for i, j, _ in listed(near_matches(again, own, 4))} == {(k, k) for k in range(50)}, name
+        assert {(i, j) for i, j, _ in listed(near_matches(again, own, 4))} == {(k, k) for k in range(25)}, name
     mirrored = [
-        look_at(encoded(p.transpose(Image.Transpose.FLIP_LEFT_RIGHT), format="PNG"), None, True) for p in pictures
+        look_at(encoded(p.transpose(Image.Transpose.FLIP_LEFT_RIGHT), format="BMP"), None, True) for p in pictures
     ]
     again = np.array([look.mirrored for look in mirrored], np.uint64)
-    assert {(i, j) for i, j, _ in listed(near_matches(again, own, 4))} == {(k, k) for k in range(50)}
+    assert {(i, j) for i, j, _ in listed(near_matches(again, own, 4))} == {(k, k) for k in range(25)}

@@ -97,7 +97,7 @@ def test_what_counts_is_up_to_the_options(train: Path, evaluation: Path) -> None
     assert find_leaks(train, [evaluation], LeakOptions(texts="report", progress=False)).leaks == 3
     skipped = find_leaks(train, [evaluation], LeakOptions(texts="skip", progress=False)).to_dict()
     assert skipped["texts"]["hits"] == []
-    assert find_leaks(train, [evaluation], LeakOptions(min_words=11, progress=False)).to_dict()["texts"]["count"] == 0
+    assert find_leaks(train, [evaluation], LeakOptions(min_words=12, progress=False)).to_dict()["texts"]["count"] == 0
     with pytest.raises(ClocError, match="texts is 'none'"):
         find_leaks(train, [evaluation], LeakOptions(texts="none"))
 

@@ -16,7 +16,10 @@ from PIL import Image
 
 from cloc_mllm.apps.cli import main
 from cloc_mllm.data.inspection.check import check_data
+from cloc_mllm.data.inspection.faults import SampleView, problems_of
+from cloc_mllm.data.inspection.pictures import PictureSizes
 from cloc_mllm.data.inspection.statistics import fault_kind, inspect_data
+from cloc_mllm.data.inspection.tally import Place, Tally, TallyOptions
 from cloc_mllm.data.inspection.texts import (
     TextTally,
     flaws_of,
@@ -27,10 +30,13 @@ from cloc_mllm.data.inspection.texts import (
     token_counts,
 )
 from cloc_mllm.data.readers import open_samples
+from cloc_mllm.data.schema import QUESTION_KEYS, REGION_KEYS, SAMPLE_KEYS
 from cloc_mllm.data.writers import open_writer
 from cloc_mllm.errors import ClocError
 from tests.builders import tiny_tokenizer
 from tests.unit.data.inspection.sets import FAULTS, region_samples, smooth_picture, talk, write_lines
+
+KEYS = sorted(QUESTION_KEYS | SAMPLE_KEYS | REGION_KEYS | {"role", "content", "type", "phrase", "from", "value"})
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +306,29 @@ def test_summaries_of_histograms_are_those_of_the_numbers(values: list[int], lim
     for name, share in (("median", 0.5), ("p95", 0.95), ("p99", 0.99)):
         assert found[name] == np.quantile(values, share, method="inverted_cdf")
     assert over(Counter(values), limit) == sum(value > limit for value in values)
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 99), st.floats(), st.text(max_size=4)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@given(st.booleans(), st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4))
+@settings(deadline=None, max_examples=150)
+def test_any_sample_can_be_counted(talks: bool, changes: dict[str, Any]) -> None:
+    base = talk("a", "none.png") if talks else {"image": "none.png", "caption": "a", "regions": []}
+    view = SampleView.of({**base, **changes}, None)
+    sizes = PictureSizes(hashes=True)
+    looked_up = [sizes(image, None) for image in view.images]
+    problems_of(view, looked_up)
+    whole, tally = Tally(), Tally()
+    tally.add(view, [(50, 40)] * len(looked_up), Place(0, None, "a"), TallyOptions())
+    whole.merge(tally)
+    assert whole == tally
+    assert sum(tally.kinds.values()) == 1
+    json.dumps([notice.examples for notice in tally.notices.values()])
 
 
 def test_faults_that_differ_in_names_and_numbers_are_of_one_kind() -> None:
