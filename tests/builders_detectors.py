@@ -59,6 +59,12 @@ def save_tiny_owl(folder: Path, kind: str = "owlv2", *, seed: int = 0) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+        # Chance alone puts all boxes into the padding and all scores at a half.
+        for layer, bias in ((model.class_head.logit_scale, 5.0), (model.class_head.logit_shift, 0.0)):
+            layer.weight.mul_(0.1)
+            layer.bias.fill_(bias)
+        model.box_head.dense2.weight.mul_(0.2)
+        model.box_head.dense2.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 1.0]))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor_class(size={"height": 32, "width": 32}).save_pretrained(folder)

@@ -66,7 +66,7 @@ def brute_force_nms(found: list[Detection], limit: float, per_text: bool) -> lis
 
 
 @given(detections, any_options)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_find_is_kept_or_counted_once(found: list[Detection], options: FilterOptions) -> None:
     kept, dropped = filter_detections(found, SIZE, options)
     assert len(kept) + dropped.total() == len(found)
@@ -85,7 +85,7 @@ def test_every_find_is_kept_or_counted_once(found: list[Detection], options: Fil
 
 
 @given(detections, any_options, st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_order_does_not_matter_and_twice_is_once(
     found: list[Detection], options: FilterOptions, chance: random.Random
 ) -> None:
@@ -97,7 +97,7 @@ def test_order_does_not_matter_and_twice_is_once(
 
 
 @given(detections, st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_suppression_against_brute_force(found: list[Detection], limit: float, per_text: bool) -> None:
     options = replace(OPEN, nms="text" if per_text else "all", nms_iou=limit)
     kept, dropped = filter_detections(found, SIZE, options)

@@ -84,6 +84,16 @@ def test_transformers_lets_its_padding_win(checkpoint: tuple[Path, str, Any]) ->
         stock(checkpoint, IMAGES[:2], [["a red cat", "the dog", "ball", "tree", "car"], ["sky"]])
 
 
+def test_no_phrase_of_a_neighbour_wins(checkpoint: tuple[Path, str, Any]) -> None:
+    """Beside a picture that has, first of all phrases, the very one that would win all boxes of this one."""
+    stage = detector(checkpoint[0], floor=0.0)
+    rivals = {word: stage(IMAGES[:1], [["sky", word]])[0] for word in ("cat", "ball", "tree", "car", "house", "man")}
+    strongest = max(rivals, key=lambda word: sum(d.text == word for d in rivals[word]))
+    assert any(d.text == strongest for d in rivals[strongest])
+    _, ours = stage([IMAGES[1], IMAGES[0]], [[strongest, "dog"], ["sky"]])
+    assert_same(ours, stage(IMAGES[:1], [["sky"]])[0])
+
+
 def test_boxes_lie_in_the_picture_and_scores_descend(checkpoint: tuple[Path, str, Any]) -> None:
     found = detector(checkpoint[0], floor=0.0)(IMAGES, PHRASES)
     assert any(found)
@@ -114,8 +124,11 @@ def test_long_phrases_are_counted_and_reported_whole(checkpoint: tuple[Path, str
 def test_other_number_formats(checkpoint: tuple[Path, str, Any]) -> None:
     exact = detector(checkpoint[0], floor=0.0)(IMAGES, PHRASES)
     rough = detector(checkpoint[0], floor=0.0, dtype="bfloat16")(IMAGES, PHRASES)
-    for ours, theirs in zip(exact, rough, strict=True):
-        assert sum(d.score for d in theirs) == pytest.approx(sum(d.score for d in ours), rel=0.1)
+    for phrases, ours, theirs in zip(PHRASES, exact, rough, strict=True):
+        assert bool(ours) == bool(theirs)
+        assert {d.text for d in theirs} <= set(phrases)
+        if ours:
+            assert theirs[0].score == pytest.approx(ours[0].score, abs=0.3)
 
 
 def test_identity(checkpoint: tuple[Path, str, Any], tmp_path: Path) -> None:
