@@ -51,12 +51,13 @@ def test_two_workers_write_what_one_does_and_a_death_is_told_with_its_shard(
 def test_ray_writes_what_one_process_does(
     pictures: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three pools of actors; the GPU is only said to be there, and nobody asks it for anything."""
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     out = tmp_path / "out"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="warning")
     try:
-        config = small_config(pictures, out, "engine=ray", "ray_address=local")
+        config = small_config(pictures, out, "engine=ray", "captioner.gpus=0")
         assert label(config, progress=False) is not None
         assert output_bytes(out) == whole
     finally:
