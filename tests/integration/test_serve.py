@@ -19,10 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils.import_utils import is_serve_available
 
 from cloc_mllm.apps.exporters.llava import export_llava
+from cloc_mllm.labeling.captioners.openai_endpoint import data_uri
+from cloc_mllm.labeling.stages import CAPTIONERS, build_stage
 from tests.builders import noise_image
 from tests.builders_mllm import text, tiny_mllm, user
 
@@ -110,6 +113,13 @@ def test_it_answers_as_generate_does(tmp_path: Path) -> None:
     with serving(folder, home) as address:
         body = {"model": str(folder), "messages": [{"role": "user", "content": content}], "max_tokens": 8}
         answer = ask(address, body)
+        asked = {"prompt": "what is this", "max_new_tokens": 8}
+        through_server = build_stage(CAPTIONERS, f"openai:{address}/v1#{folder}", options=asked)
+        captions = through_server([PICTURE], [{"id": "1"}])
+    # A captioner behind a server says what the same checkpoint says here, of the picture as it was sent.
+    sent = Image.open(io.BytesIO(base64.b64decode(data_uri(PICTURE, 1024).partition(",")[2])))
+    assert captions == build_stage(CAPTIONERS, f"hf:{folder}", options=asked)([sent], [{"id": "1"}])
+    assert captions[0]
     found = answer["choices"][0]["message"]["content"]
     assert found
     assert found == wanted

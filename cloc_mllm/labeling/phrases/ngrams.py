@@ -1,7 +1,7 @@
 """The baseline of the paper's ablation: all n-grams of a text, no grammar.
 
-The paper has "alt-text n-grams" in VESL's place and leaves the rest open; OWLv2 (arXiv 2306.09683) takes n-grams of up
-to 10 words. Here: n consecutive words within a sentence with no generic word or punctuation between, n from 1 to
+The paper has "alt-text n-grams" in VESL's place, as OWLv2's training data (arXiv 2306.09683) come from, and leaves the
+rest open. Here: n consecutive words within a sentence with no generic word or punctuation between, n from 1 to
 `max_n`; those of stop words alone are dropped, and those that differ in leading determiners only are one. If more than
 `max_phrases` are left, as many are taken evenly from all of them: the first ones would all be about the first words.
 Of a picture's captions the first `LONGEST_TEXT` words are read.

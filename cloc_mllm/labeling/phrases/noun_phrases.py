@@ -28,6 +28,11 @@ GRAMMAR = "<DT>?<JJ.*>*<NN.*>+"
 _CHUNK = re.compile("D?J*N+")
 _SYMBOL = {"DT": "D", "JJ": "J", "NN": "N"}
 SPACY_MODEL = "en_core_web_sm"
+_ARTICLES = frozenset({"a", "an", "the", "another", "every"})
+"""Those that cannot stand for a noun themselves, as "that" and "some" can."""
+
+_QUANTITIES = STOP_WORDS | {"several"}
+"""Adjectives that can: "several sit on a bench"."""
 
 
 class NounPhraseOptions(StageOptions):
@@ -53,7 +58,11 @@ class Tagger(Protocol):
 
 
 class TextBlobTagger:
-    """The tagger of TextBlob's `pattern`: a lexicon and rules inside the package, no corpora to download."""
+    """The tagger of TextBlob's `pattern`: a lexicon and rules inside the package, no corpora to download.
+
+    The lexicon knows words as newspapers use them, where "sink", "bear" and "stop" are verbs. So we mend what cannot be
+    in English: a finite verb straight after an article, a possessive or an adjective, or one in -s after a number.
+    """
 
     def __init__(self) -> None:
         try:
@@ -63,11 +72,32 @@ class TextBlobTagger:
 
     def tag(self, sentences: Sequence[Words]) -> list[list[str]]:
         """The tag of each word of each sentence."""
-        return [[tag for _, tag in self._tag(" ".join(words), tokenize=False)] for words in sentences]
+        return [
+            mend_verbs(words, [tag for _, tag in self._tag(" ".join(words), tokenize=False)]) for words in sentences
+        ]
 
     def identity(self) -> Mapping[str, Any]:
         """Name and version."""
-        return {"name": "textblob", "version": version("textblob")}
+        return {"name": "textblob", "version": version("textblob"), "verbs_mended": True}
+
+
+def mend_verbs(words: Sequence[str], tags: Sequence[str]) -> list[str]:
+    """Make nouns of finite verbs that stand where none can.
+
+    Args:
+        words: The words of a sentence, lower-cased.
+        tags: The tag of each.
+    """
+    mended = list(tags)
+    for k in range(1, len(mended)):
+        if mended[k] not in ("VB", "VBP", "VBZ") or words[k] in STOP_WORDS:
+            continue
+        before, word = mended[k - 1], words[k - 1]
+        modified = before in ("PRP$", "POS") or (before.startswith("JJ") and word not in _QUANTITIES)
+        counted = before == "CD" and word not in ("1", "one") and mended[k] == "VBZ"
+        if word in _ARTICLES or modified or counted:
+            mended[k] = "NNS" if mended[k] == "VBZ" else "NN"
+    return mended
 
 
 class SpacyTagger:

@@ -18,6 +18,7 @@ from cloc_mllm.labeling.phrases.noun_phrases import (
     SpacyTagger,
     TextBlobTagger,
     chunk_noun_phrases,
+    mend_verbs,
 )
 from cloc_mllm.labeling.phrases.tokens import BREAK, is_readable, key_of, says_something, sentences
 from cloc_mllm.labeling.phrases.words import GENERIC_WORDS, STOP_WORDS
@@ -35,6 +36,8 @@ KNOWN = [
     ("The man's red hat, and THE dogs' bowls", ["the man", "red hat", "the dogs", "bowls"]),
     ("An image of a dog.  A photo: the Dog!", ["a dog"]),
     ("In the background wall there are no people", ["wall"]),
+    ("A stop sign, a large sink and two sinks; several sit here", ["a stop sign", "a large sink", "sinks"]),
+    ("A close up of the cat", ["the cat"]),
     ("It is one of those things, and such", []),
     ("3 boats in 1999 at 5:30", ["boats"]),
     ("a café table and a foot\u00adball", ["a café table", "a football"]),
@@ -56,8 +59,7 @@ def test_spacy_drives_the_same_grammar() -> None:
     for caption, phrases in KNOWN:
         if caption not in wrong_tags:
             assert extract([[caption]]) == [phrases], caption
-    # A stop sign is no verb to spaCy, as it is to the lexicon of TextBlob.
-    assert extract([["a red stop sign"]]) == [["a red stop sign"]]
+    assert extract([["a stop by the sea"]]) == [["a stop", "the sea"]]
     assert extract.identity()["tagger"]["model_version"]
 
 
@@ -91,6 +93,27 @@ def test_the_grammar_is_that_of_nltk() -> None:
         assert found == [[word for word, _ in leaves] for leaves in wanted[1:]]  # the first is the sentence
 
     agree()
+
+
+@pytest.mark.parametrize(
+    ("sentence", "mended"),
+    [
+        ("a/DT sink/VB", "NN"),
+        ("her/PRP$ stand/VBP", "NN"),
+        ("double/JJ sinks/VBZ", "NNS"),
+        ("two/CD sinks/VBZ", "NNS"),
+        ("one/CD sits/VBZ", "VBZ"),
+        ("two/CD sit/VB", "VB"),
+        ("several/JJ sit/VB", "VB"),
+        ("that/DT runs/VBZ", "VBZ"),
+        ("the/DT is/VBZ", "VBZ"),
+        ("man/NN stand/VB", "VB"),
+        ("the/DT standing/VBG", "VBG"),
+    ],
+)
+def test_verbs_where_none_can_be_are_nouns(sentence: str, mended: str) -> None:
+    words, tags = zip(*(pair.split("/") for pair in sentence.split()), strict=True)
+    assert mend_verbs(words, tags) == [tags[0], mended]
 
 
 def test_captions_of_a_picture_are_read_in_order_and_merged() -> None:
