@@ -67,21 +67,39 @@ def load_model(auto_class: Any, path: str, device: str, dtype: Dtype, revision: 
     lost = sorted(info["missing_keys"])
     if lost:
         raise ClocError(f"the checkpoint lacks {len(lost)} weights, the first being '{lost[0]}'", file=path)
+    return to_device(model, device)
+
+
+def to_device(model: torch.nn.Module, device: str) -> Any:
+    """Put a model where it runs, in eval mode and without gradients.
+
+    Raises:
+        ClocError: The device is not there.
+    """
     try:
         return model.to(device).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
         raise ClocError(f"the model cannot be put on '{device}': {error}") from error
 
 
-def prepare_tokenizer(tokenizer: Any, path: str) -> None:
-    """Make a checkpoint's tokenizer fit for batches of prompts: padded on the left, so that all end alike.
+def require_tokenizer(tokenizer: Any, path: str) -> None:
+    """Refuse an empty tokenizer: transformers makes one out of nothing where a checkpoint has none.
 
     Raises:
-        ClocError: It is empty. Transformers makes one out of nothing where a checkpoint has none.
+        ClocError: It is empty.
     """
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         remedy = "Fetch the checkpoint anew, with tokenizer.json."
         raise ClocError("the checkpoint has no tokenizer", file=path, remedy=remedy)
+
+
+def prepare_tokenizer(tokenizer: Any, path: str) -> None:
+    """Make a checkpoint's tokenizer fit for batches of prompts: padded on the left, so that all end alike.
+
+    Raises:
+        ClocError: It is empty.
+    """
+    require_tokenizer(tokenizer, path)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

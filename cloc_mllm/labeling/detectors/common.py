@@ -1,80 +1,47 @@
-"""What the detectors share: options, checkpoints loaded completely, boxes brought back to pixels of the picture."""
+"""What the detectors share: options, processors, boxes brought back to pixels of the picture."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import transformers
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from pydantic import Field
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from cloc_mllm.data.files import may_be_hub_name
 from cloc_mllm.errors import ClocError
+from cloc_mllm.labeling import checkpoints
+from cloc_mllm.labeling.checkpoints import Dtype
+from cloc_mllm.labeling.stage_options import StageOptions
 from cloc_mllm.labeling.stages import Detection
 from cloc_mllm.models.geometry import Geometry
 
 INSTALL = "pip install 'cloc-mllm[label]'"
-_READ_FROM_A_FOLDER = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin")
 
 
-class DetectorOptions(BaseModel):
+class DetectorOptions(StageOptions):
     """What every detector can be told.
 
     Attributes:
         floor: Finds below this confidence are not even reported; what becomes a label is for the filter to say.
-        dtype: Number format of the model.
+        dtype: Number format of the model; `auto` is the checkpoint's own.
+        revision: Branch, tag or commit on the hub.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     floor: float = Field(0.05, ge=0, lt=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The number format as torch knows it."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+    dtype: Dtype = "float32"
+    revision: str | None = None
 
 
-Options = TypeVar("Options", bound=DetectorOptions)
-
-
-def read_options(kind: type[Options], options: Mapping[str, Any], detector: str) -> Options:
-    """Read a detector's options.
-
-    Args:
-        kind: The class that says what there is.
-        options: What was asked for.
-        detector: Its name, for messages.
-
-    Raises:
-        ClocError: An option is unknown, or its value is none it can have.
-    """
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            problem = f"the detector '{detector}' has no option '{name}'"
-        else:
-            problem = f"option '{name}' of the detector '{detector}': {first['msg']}, not {first['input']!r}"
-        raise ClocError(problem, remedy=f"There are: {', '.join(kind.model_fields)}.") from error
-
-
-def load_config(path: str | None, example: str, model_types: Sequence[str] | None = None) -> Any:
+def load_config(path: str | None, example: str, revision: str | None, model_types: Sequence[str] | None = None) -> Any:
     """Read a checkpoint's configuration, before its weights.
 
     Args:
         path: Folder or name on the hub.
         example: A specification that works, for messages.
+        revision: Branch, tag or commit on the hub.
         model_types: What the checkpoint may be of; None for anything.
 
     Raises:
@@ -82,68 +49,37 @@ def load_config(path: str | None, example: str, model_types: Sequence[str] | Non
     """
     if path is None:
         raise ClocError("the detector needs a model", remedy=f"Name its folder or hub name, as in {example}.")
-    if not Path(path).is_dir() and not may_be_hub_name(path):
-        raise ClocError("there is no such folder", file=path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ClocError(f"no model can be loaded: {error}", file=path) from error
+    config = checkpoints.load_config(path, revision)
     if model_types is not None and config.model_type not in model_types:
         problem = f"holds a model of type '{config.model_type}', not {' or '.join(model_types)}"
         raise ClocError(problem, file=path, remedy=f"One that works: {example}.")
     return config
 
 
-def load_model(auto_class: Any, path: str, device: str, dtype: torch.dtype) -> Any:
-    """Load a checkpoint completely, ready to answer.
-
-    Raises:
-        ClocError: It cannot be loaded, lacks weights, or the device is not there.
-    """
-    try:
-        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ClocError(f"no model can be loaded: {error}", file=path) from error
-    lost = sorted(info["missing_keys"])
-    if lost:
-        raise ClocError(f"the checkpoint lacks {len(lost)} weights, the first being '{lost[0]}'", file=path)
-    return to_device(model, device)
-
-
-def to_device(model: torch.nn.Module, device: str) -> Any:
-    """A model in eval mode, without gradients, on its device.
-
-    Raises:
-        ClocError: The device is not there.
-    """
-    try:
-        return model.to(device).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:
-        raise ClocError(f"the model cannot be put on '{device}': {error}") from error
-
-
-def load_image_processor(path: str) -> Any:
+def load_image_processor(path: str, revision: str | None) -> Any:
     """Load a checkpoint's image processor.
 
     Raises:
         ClocError: There is none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(path)
+        return AutoImageProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ClocError(f"no image processor can be loaded: {error}", file=path) from error
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, revision: str | None) -> Any:
     """Load a checkpoint's tokenizer.
 
     Raises:
         ClocError: There is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ClocError(f"no tokenizer can be loaded: {error}", file=path) from error
+    checkpoints.require_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 def process_images(processor: Any, images: Sequence[Image.Image], **options: Any) -> Any:
@@ -164,33 +100,6 @@ def process_images(processor: Any, images: Sequence[Image.Image], **options: Any
         return processor(images=list(images), return_tensors="pt", **options)
     except ImportError as error:
         raise ClocError(f"the image processor needs more packages: {error}", remedy=INSTALL) from error
-
-
-def checkpoint_identity(path: str, config: Any) -> str:
-    """What a checkpoint is, wherever it lies.
-
-    Args:
-        path: Folder or name on the hub.
-        config: Its configuration, as loaded.
-
-    Returns:
-        `owner/name@commit` of the hub. Of a folder, the SHA-256 of what is loaded from it, names and contents: a
-        retrained model in the same place is another one, a copy elsewhere is the same.
-    """
-    if not Path(path).is_dir():
-        return f"{path}@{getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in _READ_FROM_A_FOLDER for file in Path(path).glob(pattern)):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def versions() -> dict[str, str]:
-    """The libraries whose arithmetic an answer depends on."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def stretched(image: Image.Image) -> Geometry:

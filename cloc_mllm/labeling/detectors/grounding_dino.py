@@ -21,20 +21,18 @@ from pydantic import Field
 from transformers import AutoModelForZeroShotObjectDetection
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.labeling.checkpoints import checkpoint_identity, load_model, versions
 from cloc_mllm.labeling.detectors.common import (
     DetectorOptions,
     PhraseTally,
-    checkpoint_identity,
     load_config,
     load_image_processor,
-    load_model,
     load_tokenizer,
     make_detections,
     process_images,
-    read_options,
     stretched,
-    versions,
 )
+from cloc_mllm.labeling.stage_options import read_options
 from cloc_mllm.labeling.stages import Detection
 from cloc_mllm.models.boxes import cxcywh_to_xyxy
 
@@ -87,12 +85,13 @@ class GroundingDinoDetector:
     """
 
     def __init__(self, path: str | None, device: str, options: GroundingDinoOptions) -> None:
-        config = load_config(path, "grounding-dino:IDEA-Research/grounding-dino-tiny", ("grounding-dino",))
+        example, revision = "grounding-dino:IDEA-Research/grounding-dino-tiny", options.revision
+        config = load_config(path, example, revision, ("grounding-dino",))
         assert path is not None  # `load_config` has seen to it
         self.options = options
-        self.model = load_model(AutoModelForZeroShotObjectDetection, path, device, options.torch_dtype)
-        self.processor = load_image_processor(path)
-        self.tokenizer = load_tokenizer(path)
+        self.model = load_model(AutoModelForZeroShotObjectDetection, path, device, options.dtype, revision)
+        self.processor = load_image_processor(path, revision)
+        self.tokenizer = load_tokenizer(path, revision)
         self.tally = PhraseTally()
         self._checkpoint = checkpoint_identity(path, config)
         self._text_length = config.max_text_len
@@ -167,7 +166,7 @@ class GroundingDinoDetector:
         device = self.model.device
         ids = [torch.tensor(text.ids) for text in texts]
         outputs = self.model(
-            pixel_values=pixels.to(device, self.options.torch_dtype),
+            pixel_values=pixels.to(device, self.model.dtype),
             input_ids=_pad(ids, self.tokenizer.pad_token_id or 0).to(device),
             attention_mask=_pad([torch.ones_like(row) for row in ids], 0).to(device),
         )

@@ -17,21 +17,19 @@ from pydantic import Field
 from transformers import AutoModelForZeroShotObjectDetection
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.labeling.checkpoints import checkpoint_identity, load_model, versions
 from cloc_mllm.labeling.detectors.common import (
     DetectorOptions,
     PhraseTally,
-    checkpoint_identity,
     load_config,
     load_image_processor,
-    load_model,
     load_tokenizer,
     make_detections,
     padded_to_square,
     process_images,
-    read_options,
     stretched,
-    versions,
 )
+from cloc_mllm.labeling.stage_options import read_options
 from cloc_mllm.labeling.stages import Detection
 from cloc_mllm.models.boxes import cxcywh_to_xyxy
 
@@ -44,7 +42,7 @@ class OwlOptions(DetectorOptions):
 
     Attributes:
         size: Side of the square that pictures are scaled to, in pixels; 448 is what VESL uses. None: the size that the
-            checkpoint was made for, 960 as a rule, at 4.6 times the cost.
+            checkpoint was made for, 960 as a rule, with 4.6 times the patches.
     """
 
     size: int | None = Field(448, gt=0)
@@ -71,12 +69,13 @@ class OwlDetector:
     """
 
     def __init__(self, path: str | None, device: str, options: OwlOptions) -> None:
-        config = load_config(path, "owlv2:google/owlv2-base-patch16-ensemble", ("owlv2", "owlvit"))
+        example, revision = "owlv2:google/owlv2-base-patch16-ensemble", options.revision
+        config = load_config(path, example, revision, ("owlv2", "owlvit"))
         assert path is not None  # `load_config` has seen to it
         self.options = options
-        self.model = load_model(AutoModelForZeroShotObjectDetection, path, device, options.torch_dtype)
-        self.processor = load_image_processor(path)
-        self.tokenizer = load_tokenizer(path)
+        self.model = load_model(AutoModelForZeroShotObjectDetection, path, device, options.dtype, revision)
+        self.processor = load_image_processor(path, revision)
+        self.tokenizer = load_tokenizer(path, revision)
         self.pads = config.model_type == "owlv2"
         self.size = options.size or self.processor.size["height"]
         self.tally = PhraseTally()
@@ -125,7 +124,7 @@ class OwlDetector:
         frame = {"do_pad": True} if self.pads else {"do_center_crop": False}
         size = {"height": self.size, "width": self.size}
         pixels = process_images(self.processor, images, size=size, **frame).pixel_values
-        pixels = pixels.to(self.model.device, self.options.torch_dtype)
+        pixels = pixels.to(self.model.device, self.model.dtype)
         grid, _ = self.model.image_embedder(pixels, interpolate_pos_encoding=True)
         features = grid.flatten(1, 2)
         boxes = self.model.box_predictor(features, grid, interpolate_pos_encoding=True)

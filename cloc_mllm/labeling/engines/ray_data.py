@@ -2,8 +2,8 @@
 
 What flows is numbers and hashes; pictures and answers stay in the source and the output folder, which every node has
 to see under the same paths. Each step that takes a GPU has a pool of its own, and so do the steps between two of these;
-all pools are at work at once, on different shards. Without GPUs there is one pool: a step's share of the processor would
-be too much for some and too little for others.
+all pools are at work at once, on different shards. Without GPUs there is one pool: a fixed share of the processor for
+each step would be too much for some and too little for others.
 """
 
 from __future__ import annotations

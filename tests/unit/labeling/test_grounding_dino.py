@@ -15,7 +15,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.detectors.grounding_dino import GroundingDinoDetector
 from cloc_mllm.labeling.stages import DETECTORS, Detection, build_stage
 from tests.builders import noise_image
-from tests.unit.labeling.builders import WORDS, save_tiny_grounding_dino, word_tokenizer
+from tests.builders_detectors import WORDS, save_tiny_grounding_dino, word_tokenizer
 
 IMAGES = [noise_image(80, 60, 1), noise_image(50, 90, 2), noise_image(80, 60, 3), noise_image(64, 64, 4)]
 PHRASES = [["a red cat", "the dog", "ball", "a red cat"], ["sky"], ["a very old man", "tree"], []]

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
@@ -19,7 +21,10 @@ from transformers import (
     OwlViTForObjectDetection,
     OwlViTImageProcessorPil,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
     SwinConfig,
+    ViTImageProcessorPil,
 )
 
 WORDS = [*["a", "the", "on", "with", "of", "and"], *["red", "blue", "black", "white", "small", "very", "old"]]
@@ -109,4 +114,19 @@ def save_tiny_grounding_dino(folder: Path, *, max_text_len: int = 256, seed: int
     model.save_pretrained(folder)
     bert_like_tokenizer().save_pretrained(folder)
     GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 106}).save_pretrained(folder)
+    return model
+
+
+def save_tiny_classifier(folder: Path, names: list[str], kind: str = "resnet", *, seed: int = 0) -> Any:
+    """Write a tiny ResNet (or ConvNeXt, whose head is another) that tells these classes apart; in eval mode."""
+    torch.manual_seed(seed)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+    if kind == "resnet":
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **labels)
+        model = ResNetForImageClassification(config).eval()
+    else:
+        config = ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], **labels)
+        model = ConvNextForImageClassification(config).eval()
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return model
