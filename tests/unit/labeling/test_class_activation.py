@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.metrics import box_ious
+from cloc_mllm.evaluation.scoring.metrics import box_ious
 from cloc_mllm.labeling.detectors import imagenet_nouns
 from cloc_mllm.labeling.detectors.class_activation import (
     ClassActivationDetector,
