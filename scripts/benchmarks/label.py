@@ -75,6 +75,7 @@ def main() -> None:
         place = Path(folder)
         if args.detector is None:
             save_detector(place / "detector")
+            args.overrides.insert(0, "detector.options.size=null")  # the checkpoint's own, which is tiny
         stages = {"captioner": args.captioner, "phrases": args.phrases}
         stages["detector"] = args.detector or f"owlv2:{place / 'detector'}"
         sets = [("given", args.source)] if args.source else []

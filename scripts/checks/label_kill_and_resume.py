@@ -122,8 +122,9 @@ def main() -> int:
     save_detector(args.out / "detector")
     given = {"source": str(args.out / "data" / "train"), "workers": 0, "shard": 8, "captioner.stage": "existing"}
     given |= {"phrases.stage": "ngrams", "detector.stage": f"owlv2:{args.out / 'detector'}"}
+    overrides = ["detector.options.size=null", *args.overrides]  # the checkpoint's own, which is tiny
     whole, cut = (
-        load_label_config(None, {**given, "out": str(args.out / name)}, args.overrides) for name in ("whole", "cut")
+        load_label_config(None, {**given, "out": str(args.out / name)}, overrides) for name in ("whole", "cut")
     )
     first = CONTEXT.Process(target=time.sleep, args=(0,))  # waits for the server's imports
     first.start()
