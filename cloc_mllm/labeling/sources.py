@@ -39,6 +39,7 @@ class SourcePlan:
         counts: Samples in each.
         fingerprint: Hash of the files' names and sizes, of JSON also of what it says; of a folder of pictures, of
             theirs.
+        pictures: Whether it is pictures as such.
         ignored: Files of a folder of pictures that are none, or hidden.
     """
 
@@ -46,6 +47,7 @@ class SourcePlan:
     files: tuple[str, ...]
     counts: tuple[int, ...]
     fingerprint: str
+    pictures: bool = False
     ignored: int = 0
 
     @property
@@ -131,7 +133,7 @@ def _list_pictures(source: str, target: Path) -> SourcePlan:
             file.write(json.dumps(record).encode() + b"\n")
             digest.update(f"{shown}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
             found += 1
-    return SourcePlan(source, (str(target),), (found,), digest.hexdigest(), ignored)
+    return SourcePlan(source, (str(target),), (found,), digest.hexdigest(), True, ignored)
 
 
 def _size(path: str) -> int:
@@ -223,7 +225,7 @@ class SourceReader:
                 end = min(at + _AT_ONCE, high)
                 block = self._file(number).block(at - first, end - first)
                 for k in range(len(block)):
-                    yield _raw_sample(block, k, at + k)
+                    yield _raw_sample(block, k, at + k, listed=self._plan.pictures)
             first += count
 
     def _file(self, number: int) -> ShardReader:
@@ -235,13 +237,18 @@ class SourceReader:
         return self._open[1]
 
 
-def _raw_sample(block: SampleBlock, k: int, number: int) -> RawSample:
+def _raw_sample(block: SampleBlock, k: int, number: int, *, listed: bool) -> RawSample:
+    """A sample of a block; of pictures that are `listed`, the list is ours, and no place to send a person to."""
     file, place = block.where(k)
     try:
         sample = block.sample(k)
     except ClocError as error:
         return RawSample(number, None, error, file, place, None)
-    name = sample_name({"id": clean_text(str(sample.get("id", "")))}, place)
+    identity = clean_text(str(sample.get("id", "")))
+    if listed:
+        file, name = os.fsencode(sample["image"]).decode("utf-8", "replace"), identity
+    else:
+        name = sample_name({"id": identity}, place)
     try:
         sample, problem = _with_clean_texts(sample, file, name), None
     except ClocError as error:

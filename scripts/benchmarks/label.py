@@ -30,7 +30,7 @@ from cloc_mllm.data.writers import WebDatasetWriter
 from cloc_mllm.labeling.config import load_label_config
 from cloc_mllm.labeling.pipeline import label
 
-PICTURES, IN_SHARD = 64, 256
+PICTURES, IN_SHARD = 64, 64
 
 
 def write_source(folder: Path, samples: int) -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     """Label each set, print the tables and write the JSON."""
     parser = argument_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    parser.add_argument("--samples", type=int, default=256, help="pictures of the smaller set")
+    parser.add_argument("--samples", type=int, default=128, help="pictures of the smaller set")
     parser.add_argument("--times", type=int, default=20, help="how many times as large the other one is")
     parser.add_argument("--source", help="label this instead")
     parser.add_argument("--captioner", default="existing", help="default: %(default)s")
@@ -75,6 +75,7 @@ def main() -> None:
         place = Path(folder)
         if args.detector is None:
             save_detector(place / "detector")
+            args.overrides.insert(0, "detector.options.size=null")  # the checkpoint's own, which is tiny
         stages = {"captioner": args.captioner, "phrases": args.phrases}
         stages["detector"] = args.detector or f"owlv2:{place / 'detector'}"
         sets = [("given", args.source)] if args.source else []

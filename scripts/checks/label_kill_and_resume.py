@@ -72,25 +72,36 @@ def run_through(config: LabelConfig) -> float:
     return time.monotonic() - start
 
 
-def deal_kills(config: LabelConfig, kills: int, seed: int, seconds: float) -> list[Kill]:
-    """Launch and kill as often as asked for, or until the labelling has come to its end."""
+def shards_done(out: Path) -> dict[str, int]:
+    """How many shards each step has left its answers on."""
+    done = {step: len([*out.glob(f"{STATE}/{step}-*/[0-9]*.jsonl")]) for step in STEPS[:-1]}
+    return {**done, "shards": len([*out.glob(f"{STATE}/done/*.json")])}
+
+
+def deal_kills(config: LabelConfig, kills: int, seed: int, shards: int) -> list[Kill]:
+    """Launch and kill as often as asked for, or until the labelling has come to its end.
+
+    Steps follow each other, and what is done is not done again; so the first kills are aimed at the first step.
+    """
     rng, out = random.Random(seed), Path(config.out)
     dealt: list[Kill] = []
     while len(dealt) < kills:
-        # What is done is not done again: on average each launch takes the whole a little further.
-        patience = rng.uniform(0.05, 0.4) * seconds
+        aim = STEPS[len(dealt) * len(STEPS) // kills]
+        wanted = min(shards_done(out)[aim] + rng.randrange(4), shards - 1)
+        later, start = rng.uniform(0, 0.05), time.monotonic()
         process = launch(config)
-        process.join(patience)
+        while process.is_alive() and shards_done(out)[aim] < wanted:
+            time.sleep(0.001)
+        process.join(later)
         if not process.is_alive():
             print(f"launch {len(dealt) + 1} ended before it was killed", flush=True)
             break
         process.kill()
         process.join()
-        done = {step: len([*out.glob(f"{STATE}/{step}-*/[0-9]*.jsonl")]) for step in STEPS[:-1]}
-        done["shards"] = len([*out.glob(f"{STATE}/done/*.json")])
-        step = next((name for name in reversed(STEPS) if done[name]), STEPS[0])
+        done = shards_done(out)
+        step = next((name for name in STEPS if done[name] < shards), STEPS[-1])
         unfinished = len([*out.rglob("*.part"), *out.glob(f"{STATE}/piece-*")])
-        dealt.append(Kill(round(patience, 2), step, done[step], unfinished))
+        dealt.append(Kill(round(time.monotonic() - start, 2), step, done[step], unfinished))
         print(f"kill {len(dealt):>2}: {dealt[-1]}", flush=True)
     return dealt
 
@@ -107,7 +118,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     parser.add_argument("--kills", type=int, default=10, help="how many SIGKILLs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--samples", type=int, default=320, help="pictures")
+    parser.add_argument("--samples", type=int, default=160, help="pictures")
     parser.add_argument("--out", type=Path, default=Path("runs/checks/label_kill_and_resume"), help="folder of results")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), HF_HUB_OFFLINE="1")
@@ -122,15 +133,16 @@ def main() -> int:
     save_detector(args.out / "detector")
     given = {"source": str(args.out / "data" / "train"), "workers": 0, "shard": 8, "captioner.stage": "existing"}
     given |= {"phrases.stage": "ngrams", "detector.stage": f"owlv2:{args.out / 'detector'}"}
+    overrides = ["detector.options.size=null", *args.overrides]  # the checkpoint's own, which is tiny
     whole, cut = (
-        load_label_config(None, {**given, "out": str(args.out / name)}, args.overrides) for name in ("whole", "cut")
+        load_label_config(None, {**given, "out": str(args.out / name)}, overrides) for name in ("whole", "cut")
     )
     first = CONTEXT.Process(target=time.sleep, args=(0,))  # waits for the server's imports
     first.start()
     first.join()
     seconds = run_through(whole)
     print(f"uninterrupted: {args.samples} pictures in {seconds:.1f} s", flush=True)
-    kills = deal_kills(cut, args.kills, args.seed, seconds)
+    kills = deal_kills(cut, args.kills, args.seed, -(-args.samples // whole.shard))
     run_through(cut)
 
     files = [digests(Path(config.out)) for config in (whole, cut)]

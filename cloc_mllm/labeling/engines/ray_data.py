@@ -1,7 +1,9 @@
-"""Steps as Ray Data actors: shard numbers flow through a pool of actors a step, on one machine or over a cluster.
+"""Steps as Ray Data actors: shard numbers flow through pools of actors, on one machine or over a cluster.
 
-What flows is numbers and hashes; pictures and answers stay in the source and the output folder, which every node has to
-see under the same paths. All steps are at work at once, on different shards.
+What flows is numbers and hashes; pictures and answers stay in the source and the output folder, which every node has
+to see under the same paths. Each step that takes a GPU has a pool of its own, and so do the steps between two of these;
+all pools are at work at once, on different shards. Without GPUs there is one pool: a fixed share of the processor for
+each step would be too much for some and too little for others.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cloc_mllm.errors import ClocError
@@ -18,20 +21,21 @@ from cloc_mllm.labeling.steps import MODEL_STEPS, STEPS, Job, Step
 Rows = Mapping[str, Any]
 
 
-class StepActor:
-    """One step in a process of Ray's.
+class StepsActor:
+    """Consecutive steps in a process of Ray's.
 
     Args:
         job: The labelling.
-        name: The step.
+        names: The steps.
+        device: Where their models run.
     """
 
-    def __init__(self, job: Job, name: str) -> None:
-        self._job, self._name = job, name
-        self._step: Step | None = None
+    def __init__(self, job: Job, names: Sequence[str], device: str) -> None:
+        self._job, self._names, self._device = job, names, device
+        self._steps: dict[str, Step] = {}
 
     def __call__(self, rows: Rows) -> dict[str, list[Any]]:
-        """Do the step on each row's shard. An error goes on as a row, so that it comes out as it was raised."""
+        """Do the steps on each row's shard. An error goes on as a row, so that it comes out as it was raised."""
         done = [self._one(int(s), str(k), str(e)) for s, k, e in zip(*(rows[n] for n in _COLUMNS), strict=True)]
         return {name: [row[k] for row in done] for k, name in enumerate(_COLUMNS)}
 
@@ -39,11 +43,12 @@ class StepActor:
         if error:
             return shard, keys, error
         try:
-            if self._step is None:
-                import ray
-
-                self._step = Step(self._job, self._name, json.loads(keys), "cuda" if ray.get_gpu_ids() else "cpu")
-            return shard, json.dumps(self._step(shard)), ""
+            known = json.loads(keys)
+            for name in self._names:
+                if name not in self._steps:
+                    self._steps[name] = Step(self._job, name, known, self._device if name in MODEL_STEPS else "cpu")
+                known = self._steps[name](shard)
+            return shard, json.dumps(known), ""
         except ClocError as problem:
             return shard, keys, json.dumps(error_fields(problem))
 
@@ -51,11 +56,52 @@ class StepActor:
 _COLUMNS = ("shard", "keys", "error")
 
 
+@dataclass(frozen=True)
+class ActorPool:
+    """Which steps a pool does, with how many actors, and what each of them takes."""
+
+    steps: tuple[str, ...]
+    actors: int
+    cpus: float
+    gpus: float
+
+
+def pools(job: Job, resources: Mapping[str, float]) -> list[ActorPool]:
+    """Share a cluster out.
+
+    Args:
+        job: The labelling.
+        resources: `CPU` and `GPU` of the whole cluster.
+
+    Returns:
+        Pools in the order of their steps. All of them fit at once, beside the process that drives them: Ray would wait
+        for ever for one that does not.
+
+    Raises:
+        ClocError: The shares of a GPU that the stages ask for do not fit.
+    """
+    cores, graphics = resources.get("CPU", 1.0), int(resources.get("GPU", 0))
+    asked = {name: job.stage_of(name).gpus if graphics and name in MODEL_STEPS else 0.0 for name in STEPS}
+    groups: list[list[str]] = []
+    for name in STEPS:
+        if groups and not asked[name] and not asked[groups[-1][0]]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    actors = job.config.workers or graphics or max(1, int(cores) // 2)
+    if graphics and actors * sum(asked.values()) > graphics:
+        wanted = ", ".join(f"{name} {share:g}" for name, share in asked.items() if share)
+        remedy = "Lower captioner.gpus and detector.gpus, or --workers."
+        raise ClocError(f"{actors} actors of each of {wanted} need more than {graphics} GPUs", remedy=remedy)
+    share = max(cores - 1, cores / 2) / (len(groups) * actors)
+    return [ActorPool(tuple(group), actors, min(1.0, int(share * 100) / 100), asked[group[0]]) for group in groups]
+
+
 def run_ray(job: Job, shards: Sequence[int], progress: bool = True) -> None:
     """Do all steps on some shards.
 
     Args:
-        job: The labelling; `workers` actors a step, by default one a GPU of the cluster, or one.
+        job: The labelling; `workers` actors a pool, by default one a GPU of the cluster, or one for each two cores.
         shards: Their numbers.
         progress: Show Ray's progress bars.
 
@@ -71,13 +117,14 @@ def run_ray(job: Job, shards: Sequence[int], progress: bool = True) -> None:
         ray.data.DataContext.get_current().enable_progress_bars = progress
         rows = [{"shard": shard, "keys": "{}", "error": ""} for shard in shards]
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-        for name in STEPS:
+        for pool in pools(job, ray.cluster_resources()):
             data = data.map_batches(
-                StepActor,
-                fn_constructor_kwargs={"job": job, "name": name},
+                StepsActor,
+                fn_constructor_kwargs={"job": job, "names": pool.steps, "device": "cuda" if pool.gpus else "cpu"},
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=_actors(ray, job)),
-                **_resources(ray, job, name),
+                compute=ray.data.ActorPoolStrategy(size=pool.actors),
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus,
             )
         for row in data.iter_rows():
             if row["error"]:
@@ -108,16 +155,3 @@ def _start(ray: Any, address: str | None) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         remedy = "Check ray_address; `ray status` on the head node has to answer."
         raise ClocError(f"cannot join or start Ray: {error}", remedy=remedy) from error
-
-
-def _actors(ray: Any, job: Job) -> int:
-    return job.config.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
-
-
-def _resources(ray: Any, job: Job, name: str) -> dict[str, float]:
-    """What an actor asks for. All pools have to fit at once, beside the process that drives them."""
-    total = ray.cluster_resources()
-    gpus = job.stage_of(name).gpus if name in MODEL_STEPS and total.get("GPU", 0) else 0
-    cores = total.get("CPU", 1)
-    share = max(cores - 1, cores / 2) / (len(STEPS) * _actors(ray, job))
-    return {"num_cpus": min(1.0, int(share * 100) / 100), "num_gpus": gpus}
