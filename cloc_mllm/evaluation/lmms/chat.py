@@ -168,7 +168,7 @@ class ClocMllmChat(lmms):  # type: ignore[misc]
         codec = codec_for(task, self.box_format)
         if codec is None:
             return answer.text
-        sizes = [picture.size for picture in image_items(list(conversation))]
+        sizes = [picture.size for picture in image_items([dict(message) for message in conversation])]
         return reprinted(answer, self.predictor.processor.codec, codec, sizes)
 
     def _options(self, asked: Mapping[str, Any], questions: int) -> tuple[dict[str, Any], int, list[str]]:
