@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from cloc_mllm.data.importers.refcoco import KNOWN as _REFCOCO
+from cloc_mllm.data.importers.refcoco import KNOWN
 
-KNOWN_SPLITS: dict[str, dict[str, int]] = {
-    # Expressions, in the partitions that everybody reports on: UNC's of RefCOCO and RefCOCO+, UMD's of RefCOCOg.
-    **{
-        name: {split: counts[1] for (owner, _, split), counts in _REFCOCO.items() if owner == name}
-        for name in sorted({owner for owner, _, _ in _REFCOCO})
-    },
+KNOWN_EXPRESSIONS: dict[str, dict[str, int]] = {
+    name: {split: counts[1] for (owner, _, split), counts in KNOWN.items() if owner == name}
+    for name in dict.fromkeys(owner for owner, _, _ in KNOWN)
 }
-"""Name of a data set to its splits to their sizes."""
+"""Referring expressions by data set and split, in the partitions that are reported on: UNC's of RefCOCO and RefCOCO+,
+UMD's of RefCOCOg."""

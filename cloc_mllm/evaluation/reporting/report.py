@@ -224,7 +224,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         f"# {report['suite']}: {', '.join(models)}",
         "",
         f"On {dataset['name']}, split {dataset['split']}, {dataset['n']} {dataset['unit']}; {report['frame']}. "
-        f"Unreadable boxes: {report['unparsed']:.1%}. Took {report['seconds']:.1f} s.",
+        f"Unreadable answers: {report['unparsed']:.1%}. Took {report['seconds']:.1f} s.",
         "",
         *_metric_table(report["metrics"]),
         "",

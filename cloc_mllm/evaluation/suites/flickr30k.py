@@ -9,7 +9,7 @@ has an IoU of at least 0.5 with the truth. The set's own files are read (the ids
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cloc_mllm.data.dataset import RegionTextDataset
 from cloc_mllm.data.importers.flickr30k_entities import Flickr30kSource, enclosing, read_boxes, read_sentence
-from cloc_mllm.data.importers.pictures import picture_in
+from cloc_mllm.data.importers.pictures import picture_in, picture_size
+from cloc_mllm.data.readers import InMemory
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoders.region_data import draw
+from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, draw
 from cloc_mllm.evaluation.mllms.answerers import Answered, Answerer, MllmSettings, answer_record, ask_each
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric, box_ious, mean_metric, normalise_answer
@@ -31,7 +33,8 @@ from cloc_mllm.evaluation.suites.asking import (
     mllm_settings,
     question,
 )
-from cloc_mllm.evaluation.suites.options import EvalOptions, Outcome, settings_of
+from cloc_mllm.evaluation.suites.encoder_grounding import locate_texts
+from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, model_type, settings_of
 from cloc_mllm.inference.templates import Templates
 
 RECALLS = (1, 5, 10)
@@ -72,11 +75,14 @@ class Flickr30kSettings(AskingSettings):
 
 
 def run(options: EvalOptions) -> Outcome:
-    """Ask the MLLM that a folder holds."""
+    """Ask the MLLM that a folder holds, or let the encoder search."""
     settings = settings_of(Flickr30kSettings, options)
     if settings.images is None:
         raise ClocError("the pictures of Flickr30k are not named", remedy="Add --set images=DIR.")
     captions = load_captions(options.data_path, settings.images, options.split or "test", options.limit, options.seed)
+    if model_type(options.model) == ENCODER:
+        data = as_regions(captions)
+        return score_located(captions, locate_texts(options, data, range(len(data.regions))), options.seed)
     return evaluate_flickr30k(load_answerer(options, settings), captions, settings, mllm_settings(options))
 
 
@@ -143,7 +149,7 @@ def load_captions(
         ClocError: A file cannot be read, or there are more ids than the split has.
     """
     source = Flickr30kSource(entities, split)
-    ids = [image for _, image, _ in source.events(Counter())]
+    ids = [str(image) for _, image, _ in source.events(Counter())]
     if len(set(ids)) != len(ids):
         raise ClocError("an id stands there twice", file=source.files[0], sample=Counter(ids).most_common(1)[0][0])
     known = source.expected.get(split, {}).get("images_listed", len(ids))
@@ -227,6 +233,50 @@ def evaluate_flickr30k(
     return Outcome(split.ref, _recalls(ranks, images, asking.seed), details, unparsed, records)
 
 
+def as_regions(split: CaptionSplit) -> RegionSplit:
+    """Return the phrases as regions with their merged boxes, in the order of pictures, captions and phrases."""
+    ids = list(dict.fromkeys(caption.image for caption in split.captions))
+    number = {image: k for k, image in enumerate(ids)}
+    paths = [picture_in(split.pictures, f"{image}.jpg") for image in ids]
+    regions = [
+        Region(number[caption.image], tuple(enclosing(phrase.boxes)), phrase.text, True)  # type: ignore[arg-type]
+        for caption in split.captions
+        for phrase in caption.phrases
+    ]
+    samples = [
+        {"id": image, "image": str(path), "caption": image, "regions": []}
+        for image, path in zip(ids, paths, strict=True)
+    ]
+    dataset = RegionTextDataset(InMemory(samples), max_regions=None)
+    sizes = [picture_size(path) for path in paths]
+    return RegionSplit(split.ref, ids, [[] for _ in ids], sizes, regions, dataset, list(range(len(ids))))
+
+
+def score_located(split: CaptionSplit, located: Mapping[str, Sequence[Sequence[float]]], seed: int = 0) -> Outcome:
+    """Score what an encoder found, in each of its ways; the first one is the headline. One box a phrase: Recall@1.
+
+    Args:
+        split: The captions.
+        located: By way, a box for each phrase in order, xyxy in pixels of the original.
+        seed: Of the bootstrap.
+    """
+    phrases = [phrase for caption in split.captions for phrase in caption.phrases]
+    images = [caption.image for caption in split.captions for _ in caption.phrases]
+    ranks = {
+        name: {protocol: first_right(phrases, [[box] for box in boxes], protocol) for protocol in PROTOCOLS}
+        for name, boxes in located.items()
+    }
+    scored = {name: _recalls(found, images, seed, (1,)) for name, found in ranks.items()}
+    headline = next(iter(scored))
+    details = {
+        "choices": {"made_on": "nothing", "localizer": headline},
+        "localizers": scored,
+        "counts": split.counts,
+        "types": _by_type(phrases, ranks[headline], images, seed),
+    }
+    return Outcome(split.ref, scored[headline], details)
+
+
 def boxes_of_phrases(phrases: Sequence[str], answer: Answered) -> list[list[Sequence[float]]]:
     """Share the boxes of an answer out among the phrases that were asked for.
 
@@ -276,11 +326,13 @@ def first_right(
     return ranks
 
 
-def _recalls(ranks: dict[str, NDArray[np.float64]], images: Sequence[str], seed: int) -> dict[str, Metric]:
+def _recalls(
+    ranks: dict[str, NDArray[np.float64]], images: Sequence[str], seed: int, recalls: Sequence[int] = RECALLS
+) -> dict[str, Metric]:
     return {
         f"flickr30k_{protocol}_r{k}": mean_metric(ranks[protocol] <= k, images, seed=seed)
         for protocol in PROTOCOLS
-        for k in RECALLS
+        for k in recalls
     }
 
 

@@ -6,7 +6,7 @@ The first box of the answer counts. An answer without a readable box is wrong, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, draw, load_region_split
 from cloc_mllm.evaluation.mllms.answerers import Answerer, MllmSettings, answer_record, ask_each, first_boxes
-from cloc_mllm.evaluation.reporting.known_splits import KNOWN_SPLITS
+from cloc_mllm.evaluation.reporting.known_splits import KNOWN_EXPRESSIONS
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric, box_ious, mean_metric
 from cloc_mllm.evaluation.suites.asking import (
@@ -25,7 +25,8 @@ from cloc_mllm.evaluation.suites.asking import (
     mllm_settings,
     question,
 )
-from cloc_mllm.evaluation.suites.options import EvalOptions, Outcome, settings_of
+from cloc_mllm.evaluation.suites.encoder_grounding import locate_texts
+from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, model_type, settings_of
 from cloc_mllm.inference.templates import Templates
 
 THRESHOLDS = (0.25, 0.5, 0.75)
@@ -49,8 +50,8 @@ class GroundingSettings(AskingSettings):
         super().__post_init__()
         if self.question is not None and str(self.question).count(PHRASE) != 1:
             raise ClocError(f"the question needs {PHRASE} exactly once: {self.question!r}")
-        if self.of is not None and self.of not in KNOWN_SPLITS:
-            raise ClocError(f"no splits are known of '{self.of}'", remedy=f"Known: {', '.join(KNOWN_SPLITS)}.")
+        if self.of is not None and self.of not in KNOWN_EXPRESSIONS:
+            raise ClocError(f"no splits are known of '{self.of}'", remedy=f"Known: {', '.join(KNOWN_EXPRESSIONS)}.")
 
     def ask(self, phrase: str) -> str:
         """The question for a phrase."""
@@ -60,10 +61,12 @@ class GroundingSettings(AskingSettings):
 
 
 def run(options: EvalOptions) -> Outcome:
-    """Ask the MLLM that a folder holds."""
+    """Ask the MLLM that a folder holds, or let the encoder search."""
     settings = settings_of(GroundingSettings, options)
     data = load_region_split(options.data_path, split=options.split or "all", seed=options.seed)
     expressions = load_expressions(data, settings.of, options.limit)
+    if model_type(options.model) == ENCODER:
+        return score_located(expressions, locate_texts(options, data, expressions.rows), options.seed)
     return evaluate_grounding(load_answerer(options, settings), expressions, settings, mllm_settings(options))
 
 
@@ -73,15 +76,20 @@ class Expressions:
 
     Attributes:
         ref: What to call it; counts expressions.
-        regions: What is looked for.
+        rows: Which regions of the split are looked for, ascending.
         data: The split that they come from.
         ambiguous: Regions left out because their text fits another region of the picture as well.
     """
 
     ref: DatasetRef
-    regions: list[Region]
+    rows: list[int]
     data: RegionSplit
     ambiguous: int
+
+    @property
+    def regions(self) -> list[Region]:
+        """What is looked for."""
+        return [self.data.regions[row] for row in self.rows]
 
 
 def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None = None) -> Expressions:
@@ -95,7 +103,7 @@ def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None
     Raises:
         ClocError: There is none, the set has no such split, or there are more of them than the split has.
     """
-    findable = [region for region in data.regions if region.unique]
+    findable = [row for row, region in enumerate(data.regions) if region.unique]
     if not findable:
         raise ClocError("there is no expression that names one region alone", file=data.ref.name)
     total = len(findable) if of is None else known_size(of, data.ref.split, len(findable))
@@ -115,7 +123,7 @@ def known_size(of: str, split: str, found: int) -> int:
     Raises:
         ClocError: There is no such split, or too much was found.
     """
-    splits = KNOWN_SPLITS[of]
+    splits = KNOWN_EXPRESSIONS[of]
     if split not in splits:
         raise ClocError(f"'{of}' has no split '{split}'", remedy=f"Add --split, one of {', '.join(splits)}.")
     if found > splits[split]:
@@ -164,6 +172,27 @@ def evaluate_grounding(
     }
     unparsed = sum(not answer.boxes for answer in answers) / len(answers)
     return Outcome(expressions.ref, _metrics(ious, regions, asking.seed), details, unparsed, records)
+
+
+def score_located(expressions: Expressions, located: Mapping[str, Sequence[Sequence[float]]], seed: int = 0) -> Outcome:
+    """Score what an encoder found, in each of its ways; the first one is the headline.
+
+    Args:
+        expressions: What was looked for.
+        located: By way, a box for each expression, xyxy in pixels of the original.
+        seed: Of the bootstrap.
+    """
+    regions, data = expressions.regions, expressions.data
+    truth = [region.box for region in regions]
+    scored = {name: _metrics(box_ious(boxes, truth), regions, seed) for name, boxes in located.items()}
+    headline = next(iter(scored))
+    details = {
+        "choices": {"made_on": "nothing", "localizer": headline},
+        "localizers": scored,
+        "regions": {"asked for": len(regions), "ambiguous, left out": expressions.ambiguous},
+        "baselines": _baselines(regions, data, seed),
+    }
+    return Outcome(expressions.ref, scored[headline], details)
 
 
 def _metrics(ious: Any, regions: Sequence[Region], seed: int) -> dict[str, Metric]:

@@ -39,8 +39,10 @@ SUITES: dict[str, Suite] = {
         Suite("scenes", "procedural scenes: encoders by region and phrase, MLLMs by question", f"{_HERE}.scenes"),
         Suite("region", "encoders: recognition and retrieval of regions on any region-text data", f"{_HERE}.region"),
         Suite("referring", "MLLMs: is the object in a region a A or a B (LVIS), by two scorers", f"{_HERE}.referring"),
-        Suite("grounding", "MLLMs: boxes of referring expressions (RefCOCO, +, g)", f"{_HERE}.grounding"),
-        Suite("flickr30k", "MLLMs: boxes of phrases in captions (Flickr30k Entities)", f"{_HERE}.flickr30k"),
+        Suite("grounding", "boxes of referring expressions (RefCOCO, +, g), MLLMs and encoders", f"{_HERE}.grounding"),
+        Suite(
+            "flickr30k", "boxes of phrases in captions (Flickr30k Entities), MLLMs and encoders", f"{_HERE}.flickr30k"
+        ),
         Suite("ferret-bench", "MLLMs: open questions about regions, marked by a judge", f"{_HERE}.ferret_bench"),
         Suite("easy-vqa", "MLLMs: short questions about one shape, from the package easy-vqa", f"{_HERE}.easy_vqa"),
         Suite("vqa", "MLLMs: lmms-eval's benchmarks, and our tasks for it (--set tasks=gqa,pope)", f"{_HERE}.vqa"),

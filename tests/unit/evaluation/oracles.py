@@ -104,3 +104,13 @@ class ScriptedAnswerer:
     def chat(self, conversations: Sequence[Any], max_new_tokens: int = 1, batch_size: int = 1) -> list[AnswerText]:
         self.asked += len(conversations)
         return [self.answer(conversation) for conversation in conversations]
+
+
+def asked_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The words of a conversation's last turn."""
+    return "".join(item["text"] for item in messages[-1]["content"] if item["type"] == "text")
+
+
+def silent() -> ScriptedAnswerer:
+    """An answerer that says nothing."""
+    return ScriptedAnswerer(lambda messages: AnswerText())

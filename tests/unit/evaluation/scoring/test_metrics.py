@@ -242,3 +242,16 @@ def test_nothing_to_score_is_nan_with_n_0() -> None:
 def test_lengths_must_fit() -> None:
     with pytest.raises(ValueError, match="must be as many"):
         m.mean_metric([True], ["a", "b"])
+
+
+def test_a_relative_score_is_the_ratio_of_means_in_each_class() -> None:
+    scores, references, classes = [4.0, 8.0, 9.0, 3.0], [8.0, 8.0, 9.0, 9.0], ["a", "a", "b", "b"]
+    found = m.relative_metric(scores, references, classes, range(4))
+    assert found.value == pytest.approx((12 / 16 + 12 / 18) / 2)
+    assert found.n == 4
+    assert found.ci95[0] < found.value < found.ci95[1]
+    assert m.relative_metric(references, references, classes, range(4)).value == 1.0
+    assert m.relative_metric(scores, np.ones(4), classes, range(4)) == m.class_mean_metric(scores, classes, range(4))
+    assert m.relative_metric([], [], [], []).n == 0
+    with pytest.raises(ValueError, match="not positive"):
+        m.relative_metric([1.0], [0.0], ["a"], ["x"])
