@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cloc_mllm.evaluation.reporting.known_splits import KNOWN_SPLITS
+from cloc_mllm.data.importers.refcoco import KNOWN
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ KNOWN_SIZES = {
     "mmbench_en_dev_static": 4_329,
     "scienceqa_img": 2_017,
     **{
-        f"cloc_{name.replace('+', '_plus')}_rec_{split}": KNOWN_SPLITS[name][split]
-        for name in ("refcoco", "refcoco+", "refcocog")
-        for split in KNOWN_SPLITS[name]
+        f"cloc_{name.replace('+', '_plus')}_rec_{split}": counts[1]
+        for (name, _, split), counts in KNOWN.items()
         if split != "train"
     },
     "cloc_flickr30k_entities": 14_481,
