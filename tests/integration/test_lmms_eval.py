@@ -20,7 +20,7 @@ from tests.builders_mllm import tiny_mllm
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 3
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def by_command(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, lis
     words += ["--model_args", f"pretrained={folder / 'model'}", "--include_path", str(OWN_TASKS), "--batch_size", "2"]
     words += ["--device", "cpu", "--limit", str(LIMIT), "--output_path", str(folder / "out"), "--log_samples"]
     # Without DEBUG the command exits with 0 whatever happens.
-    done = subprocess.run([*words, "--verbosity", "DEBUG"], capture_output=True, text=True, cwd=folder)
+    done = subprocess.run([*words, "--verbosity", "DEBUG"], capture_output=True, text=True, cwd=folder, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads(next((folder / "out").rglob("*_results.json")).read_text())
     said = {}

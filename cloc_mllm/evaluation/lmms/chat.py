@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -85,9 +86,13 @@ class ClocMllmChat(lmms):  # type: ignore[misc]
         return self.predictor.model.device
 
     def clean(self) -> None:
-        """Free what generation has left behind. The model stays, so that it can be evaluated again."""
+        """Free what generation has left behind. The model stays, so that it can be evaluated again.
+
+        The base class would look for reference cycles, twice: most of what lmms-eval costs where questions are few.
+        """
         self.predictor.cache.clear()
-        super().clean()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer requests, in batches of those that share task and generation options.
@@ -168,7 +173,7 @@ class ClocMllmChat(lmms):  # type: ignore[misc]
         codec = codec_for(task, self.box_format)
         if codec is None:
             return answer.text
-        sizes = [picture.size for picture in image_items(list(conversation))]
+        sizes = [picture.size for picture in image_items([dict(message) for message in conversation])]
         return reprinted(answer, self.predictor.processor.codec, codec, sizes)
 
     def _options(self, asked: Mapping[str, Any], questions: int) -> tuple[dict[str, Any], int, list[str]]:

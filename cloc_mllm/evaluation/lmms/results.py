@@ -50,8 +50,8 @@ def metrics_of(found: Found, seed: int = 0) -> tuple[dict[str, Metric], dict[str
             metrics |= {f"{task}/{name}": metric for name, metric in judged.items()}
             details["judge"][task] = calls
             if JUDGED[task].pairs:
-                why = "a ratio of two means: the model's score to the reference's"
-                details["without_interval"] |= {f"{task}/{name}": why for name in judged}
+                ratio = "a ratio of two means: the model's score to the reference's"
+                details["without_interval"] |= {f"{task}/{name}": ratio for name in judged}
             continue
         for name, value in _values(found.scores[task]):
             metric, why = _metric(name, value, samples, name.partition(" ")[0] in found.means[task], seed)

@@ -103,7 +103,15 @@ def test_the_question_is_the_models_own_or_the_one_given(expressions: Path) -> N
 def test_a_part_of_a_known_split_is_not_called_by_its_name(expressions: Path) -> None:
     some = load_expressions(load_region_split(expressions, split="testA"), of="refcoco")
     assert some.ref.label == "testA subset (10 of 5657 expressions)"
-    assert known_size("refcoco", "val", 10_834) == KNOWN_EXPRESSIONS["refcoco"]["val"] == 10_834
+    evaluated = {name: dict(splits) for name, splits in KNOWN_EXPRESSIONS.items()}
+    for splits in evaluated.values():
+        splits.pop("train")
+    assert evaluated == {
+        "refcoco": {"val": 10_834, "testA": 5_657, "testB": 5_095},
+        "refcoco+": {"val": 10_758, "testA": 5_726, "testB": 4_889},
+        "refcocog": {"val": 4_896, "test": 9_602},
+    }
+    assert known_size("refcoco", "val", 10_834) == 10_834
     with pytest.raises(ClocError, match="'refcoco' has no split 'test'"):
         known_size("refcoco", "test", 1)
     with pytest.raises(ClocError, match=r"10,835 expressions, but refcoco val has 10,834"):
