@@ -4,8 +4,9 @@
     python scripts/benchmarks/label.py --source photos --detector owlv2:google/owlv2-base-patch16-ensemble
 
 Without `--source`, the set is made-up JPEGs of 160 x 120 pixels with captions, in tar shards, and the detector a tiny
-OWLv2 with random weights; what takes its time then is the image processor that OWLv2 comes with, not a model. Each set is labelled in a process of its
-own by one worker, whose largest resident set counts. A given source is labelled once, as it is.
+OWLv2 with random weights; what takes its time then is the image processor that OWLv2 comes with, not a model. Each set
+is labelled in a process of its own by one worker, whose largest resident set counts. A given source is labelled once,
+as it is.
 """
 
 from __future__ import annotations
