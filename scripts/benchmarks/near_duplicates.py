@@ -132,8 +132,8 @@ def main() -> None:
     """Measure every case, print the tables, write the JSON."""
     parser = argument_parser(__doc__)
     parser.add_argument("--images", type=Path, help="folder of photographs (.jpg); without, nothing is recognised")
-    parser.add_argument("--hashes", type=int, nargs="+", default=[100_000, 1_000_000], help="hashes to search among")
-    parser.add_argument("--samples", type=int, default=5_000, help="samples of the smaller set that is inspected")
+    parser.add_argument("--hashes", type=int, nargs="+", default=[10_000, 100_000], help="hashes to search among")
+    parser.add_argument("--samples", type=int, default=500, help="samples of the smaller set that is inspected")
     args = parser.parse_args()
     if args.case:
         case = json.loads(args.case)
