@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.lmms.benchmarks import BENCHMARKS, JUDGED, MEANS, needs_judge
 
@@ -328,7 +330,7 @@ def _in_processes(run: Run, processes: int) -> Found:
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     words += ["--main_process_port", str(_free_port())]
-    words += ["--cpu"] if run.device == "cpu" else ["--multi_gpu"]
+    words += ["--cpu"] if run.device == "cpu" or not torch.cuda.is_available() else ["--multi_gpu"]
     words += ["-m", "cloc_mllm.evaluation.lmms.runs", str(asked), str(answered)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode != 0 or not answered.exists():
