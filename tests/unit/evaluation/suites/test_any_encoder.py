@@ -261,7 +261,7 @@ def test_classes_are_named_by_a_mapping_or_in_order(tmp_path: Path) -> None:
 def test_the_image_suite_tells_its_two_tasks_apart(cloc: str, labelled: Path, tmp_path: Path) -> None:
     file = tmp_path / "names.json"
     file.write_text(json.dumps(["ring", "circle", "square", "star", "cross", "red", "blue"]))
-    asked = {"class_names": str(file), "set": "imagenet", "templates": "simple"}
+    asked = {"class_names": str(file), "dataset": "imagenet", "templates": "simple"}
     options = EvalOptions(cloc, str(labelled), str(tmp_path / "out"), split="val", limit=7, settings=asked)
     report = run_suite("image", options)
     assert report["dataset"]["split"] == "val subset (7 of 50000 images)"
@@ -272,7 +272,7 @@ def test_the_image_suite_tells_its_two_tasks_apart(cloc: str, labelled: Path, tm
     assert report["metrics"]["image_t2i_r10"]["n"] == 16
     with pytest.raises(ClocError, match="--method is for regions"):
         run_suite("image", EvalOptions(cloc, str(data), str(tmp_path / "out"), method="crop"))
-    for wrong in ({"task": "x"}, {"captions": 0}, {"set": "imagenett"}, {"templates": "x"}, {"temlates": "bare"}):
+    for wrong in ({"task": "x"}, {"captions": 0}, {"dataset": "imagenett"}, {"templates": "x"}, {"temlates": "bare"}):
         with pytest.raises(ClocError):
             run_suite("image", EvalOptions(cloc, str(data), str(tmp_path / "out"), settings=wrong))
 

@@ -177,7 +177,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
     cloc, mllm = checkpoints["cloc"], checkpoints["mllm"]
-    assert "there is no suite 'imagenet'. There are: scenes, region." in complaint("imagenet", cloc, scenes_folder)
+    assert "there is no suite 'imagenet'. There are: scenes, region" in complaint("imagenet", cloc, scenes_folder)
     assert f"Did you mean {tmp_path / 'run' / 'export'}?" in complaint("scenes", tmp_path / "run", scenes_folder)
     assert "does not say its model_type" in complaint("scenes", tmp_path / "run" / "export", scenes_folder)
     assert "holds a 'bert' model" in complaint("scenes", tmp_path / "other", scenes_folder)
