@@ -11,6 +11,8 @@ _EPILOG = """examples:
   cloc-mllm eval scenes --model runs/cloc/export --data data/scenes --out runs/cloc/eval
   cloc-mllm eval scenes --model runs/mllm/export --data data/scenes --limit 400 --out runs/mllm/eval
   cloc-mllm eval region --model runs/cloc/export --data data/coco --out runs/cloc/coco --method prompter
+  cloc-mllm eval image --model openai/clip-vit-base-patch16 --data data/coco --set captions=5 --out runs/clip/retrieval
+  cloc-mllm eval detection --model runs/cloc/export --data data/coco --set categories=ov-coco --out runs/cloc/ov_coco
   cloc-mllm eval compare runs/clip/eval runs/cloc/eval --out runs/compared
 """
 
@@ -52,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Declare what all suites take."""
-    parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder of an encoder or an MLLM")
+    parser.add_argument("--model", required=True, metavar="M", help="a checkpoint folder; see docs/evaluation.md")
     parser.add_argument("--data", metavar="D", help="scenes: folder of all splits; otherwise the suite's data")
     parser.add_argument("--split", metavar="S", help="scenes: train, validation or test (default: test)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json, .md and .html")

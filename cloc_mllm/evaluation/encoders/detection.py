@@ -87,21 +87,24 @@ def select(boxes: NDArray[np.float64], scores: torch.Tensor, rules: DetectionRul
         scores: ``(R, C)``.
         rules: How.
     """
-    count = scores.shape[1]
-    overlaps = box_iou(*[torch.from_numpy(boxes)] * 2).numpy() if rules.nms < 1 else None
-    flat = scores.flatten()
+    count, corners = scores.shape[1], torch.from_numpy(boxes)
+    ranked = scores.flatten().sort(descending=True, stable=True)
     kept: list[int] = []
-    of_class: dict[int, list[int]] = {}
-    for pair in flat.sort(descending=True, stable=True).indices.tolist():
-        if len(kept) == rules.most or float(flat[pair]) <= rules.min_score:
+    near: dict[int, NDArray[np.bool_]] = {}
+    gone: dict[int, NDArray[np.bool_]] = {}
+    for place, pair in enumerate(ranked.indices.tolist()):
+        if len(kept) == rules.most or float(ranked.values[place]) <= rules.min_score:
             break
         row, number = divmod(pair, count)
-        before = of_class.setdefault(number, [])
-        if overlaps is None or not before or float(overlaps[row, before].max()) <= rules.nms:
-            before.append(row)
-            kept.append(pair)
-    rows = np.array(kept, dtype=np.int64) // max(1, count)
-    return Detected(boxes[rows], np.array(kept, dtype=np.int64) % max(1, count), flat[kept].double().numpy())
+        if number in gone and gone[number][row]:
+            continue
+        kept.append(place)
+        if rules.nms < 1:
+            if row not in near:
+                near[row] = (box_iou(corners[row : row + 1], corners)[0] > rules.nms).numpy()
+            gone[number] = gone[number] | near[row] if number in gone else near[row]
+    pairs = ranked.indices[kept].numpy()
+    return Detected(boxes[pairs // max(1, count)], pairs % max(1, count), ranked.values[kept].double().numpy())
 
 
 def detect(

@@ -15,6 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.readouts import ClocEncoder, Encoder, default_device
+from cloc_mllm.models.modeling_cloc import SIGLIP_LOGIT_BIAS
 from cloc_mllm.models.processing_cloc import ClocProcessor
 from cloc_mllm.training.presets.options import TokenizerOptions
 from cloc_mllm.training.pretraining.encoder import encoder_kind, stock_encoder, stock_options
@@ -56,7 +57,10 @@ def load_encoder(name: str, device: str | None = None) -> Encoder:
             remedy="It takes encoders: 'cloc', 'clip', 'siglip', or open_clip:NAME/PRETRAINED.",
         )
     family = "siglip" if kind == NAFLEX else kind
-    model, processor = stock_encoder(family, name, stock_options(family, name), TokenizerOptions())
+    options = stock_options(family, name)
+    if family == "siglip":
+        options = options.model_copy(update={"logit_bias_init": SIGLIP_LOGIT_BIAS})  # where the checkpoint's goes
+    model, processor = stock_encoder(family, name, options, TokenizerOptions())
     own, words = _own_images(name, processor)
     return ClocEncoder(model.to(default_device(device)), processor, name, own, words)
 

@@ -52,23 +52,23 @@ class ImageSettings:
         class_names: Classification: a JSON file that names the classes, a mapping from the folders' (or labels') names,
             or a list in their order; default their own names.
         captions: Retrieval: use the first so many captions of each image (the standard protocol: 5); default all.
-        set: The public set that the data are (``imagenet``, ``coco-karpathy``, …), so that a part is not called by the
-            name of the split; default what ``dataset.json`` says.
+        dataset: The public set that the data are (``imagenet``, ``coco-karpathy``, …), so that a part is not called by
+            the name of the split; default what ``dataset.json`` says.
     """
 
     task: str = "auto"
     templates: str | list[str] = "imagenet"
     class_names: str | None = None
     captions: int | None = None
-    set: str | None = None
+    dataset: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ClocError(f"task is '{self.task}'", remedy=f"It is one of {', '.join(TASKS)}.")
         if self.captions is not None and (not isinstance(self.captions, int) or self.captions < 1):
             raise ClocError(f"captions is {self.captions!r}, not a positive whole number")
-        if self.set is not None and self.set not in KNOWN_SPLITS:
-            raise ClocError(f"no set '{self.set}' is known", remedy=f"There are: {', '.join(KNOWN_SPLITS)}.")
+        if self.dataset is not None and self.dataset not in KNOWN_SPLITS:
+            raise ClocError(f"no data set '{self.dataset}' is known", remedy=f"There are: {', '.join(KNOWN_SPLITS)}.")
         templates_of(self.templates)
 
 
@@ -97,7 +97,7 @@ def _holds_labels(path: Path) -> bool:
 def _classification(options: EvalOptions, asked: ImageSettings, settings: EncoderSettings) -> Outcome:
     images = LabelledImages(options.data_path, options.limit)
     names = class_names(images.classes, asked.class_names)
-    ref = dataset_ref(options.data_path, options.split, len(images), images.total, kind=asked.set)
+    ref = dataset_ref(options.data_path, options.split, len(images), images.total, kind=asked.dataset)
     encoder = load_encoder(options.model, options.device)
     metrics, details = classify(encoder, images, names, templates_of(asked.templates), settings)
     return Outcome(ref, metrics, details)
@@ -184,7 +184,7 @@ def _labelled_batches(images: LabelledImages, size: int) -> Iterator[tuple[list[
 
 def _retrieval(options: EvalOptions, asked: ImageSettings, settings: EncoderSettings) -> Outcome:
     split = load_region_split(
-        options.data_path, split=options.split, limit=options.limit, seed=options.seed, kind=asked.set
+        options.data_path, split=options.split, limit=options.limit, seed=options.seed, kind=asked.dataset
     )
     if asked.captions is not None:
         split = dataclasses.replace(split, captions=[some[: asked.captions] for some in split.captions])

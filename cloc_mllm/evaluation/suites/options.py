@@ -32,7 +32,7 @@ class EvalOptions:
         model: A checkpoint folder of an encoder or an MLLM, or what else the suite takes.
         data: What the suite is measured on; None for suites that bring their own. See ``docs/evaluation.md``.
         out: The folder for the report.
-        split: Default ``test`` for ``scenes``; for ``region`` only a name for the report.
+        split: Default ``test`` for ``scenes``; for data of one split only a name for the report.
         method: Read regions in this way only: ``prompter``, ``roi``, ``value`` or ``crop``.
         limit: Encoders: images; MLLMs: questions of each task. Drawn with ``seed``; default all.
         seed: Of every draw and of the bootstrap.

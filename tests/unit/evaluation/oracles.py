@@ -28,7 +28,8 @@ class TruthEncoder:
     """
 
     def __init__(self, splits: Sequence[RegionSplit], sign: float = 1.0) -> None:
-        self.name = "truth"
+        self.name = self.preprocessing = "truth"
+        self.methods, self.scale, self.bias = ["prompter"], 1.0, None
         self.sign = sign
         self._rows: dict[str, int] = {}
         self.captions = {name: some for split in splits for name, some in zip(split.ids, split.captions, strict=True)}
