@@ -266,7 +266,7 @@ def evaluate_bench(
             prompt = judge_prompt(one, told, bench.rules[one.category])
             reply = replies.reply(judge, prompt, {"id": one.id, "category": one.category, "answer": told})
             marks = read_marks(reply)
-            about = {"id": one.id, "category": one.category, "image": one.image, "question": one.text}
+            about: dict[str, Any] = {"id": one.id, "category": one.category, "image": one.image, "question": one.text}
             if marks is not None:
                 about |= {"picture": str(picture), "truth": one.reference, "score": marks[1] / MARKS[1]}
                 about |= {"right": marks[1] >= marks[0]}
