@@ -11,7 +11,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -214,9 +214,6 @@ def histogram_summary(histogram: Counter[int]) -> dict[str, float | int]:
 def over(histogram: Counter[int], limit: int) -> int:
     """How many of what a histogram counted are above a limit."""
     return sum(number for value, number in histogram.items() if value > limit)
-
-
-TextFilter = Callable[[str], bool]
 
 
 def matching_texts(view: SampleView, keys: npt.NDArray[np.uint64] | set[int]) -> Iterator[tuple[str, str, int]]:
