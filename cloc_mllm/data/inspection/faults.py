@@ -135,9 +135,14 @@ def problems_of(view: SampleView, looked_up: Sequence[Size | Problem | None]) ->
 def _question_problems(sample: Sample, sizes: Sequence[Size | None]) -> Iterator[Problem]:
     size = sizes[0] if len(sizes) == 1 else None
     yield from text_problems(sample.get("answer"), "the answer")
-    if "box" in sample:
+    # In a table every question has every column: what one has not is null there.
+    if sample.get("box") is not None:
         yield from box_problems(sample["box"], size, "the box to be found")
-    for box in sample.get("boxes_in", ()):
+    asked = sample.get("boxes_in")
+    if asked is not None and not isinstance(asked, (list, tuple)):
+        yield Problem("'boxes_in' is not a list of boxes", "Write it as [[x1, y1, x2, y2], ...] in pixels.")
+        return
+    for box in asked or ():
         yield from box_problems(box, size, "a box asked about")
 
 

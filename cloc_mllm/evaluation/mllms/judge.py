@@ -8,23 +8,17 @@ repeated, waiting longer each time; others stop the evaluation by name. A reply 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.labeling.chat_endpoint import ChatEndpoint, EndpointOptions
 
 SYSTEM = "You judge the quality of answers. You are exact, fair, and brief."
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""HTTP statuses after which it is worth asking again."""
-LONGEST_WAIT = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,64 +56,21 @@ class Judge:
         Raises:
             ClocError: The endpoint cannot be reached, refuses, or answers something other than a chat completion.
         """
-        wait = self.wait
-        for attempt in range(self.retries + 1):
-            try:
-                return self._once(prompt)
-            except _PassingError as error:
-                if attempt == self.retries:
-                    problem = f"the judge gave no reply in {self.retries + 1} attempts, the last one: {error}"
-                    remedy = "The replies so far are kept: the same command goes on from there."
-                    raise ClocError(problem, file=self.url, remedy=remedy) from error
-                time.sleep(min(max(wait, error.wait), LONGEST_WAIT))
-                wait *= 2
-        raise AssertionError("the last attempt either returns or raises")
-
-    def _once(self, prompt: str) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        address = f"{self.url.rstrip('/')}/chat/completions"
+        asking = EndpointOptions(
+            max_new_tokens=self.max_tokens,
+            concurrency=1,
+            timeout=self.timeout,
+            retries=self.retries,
+            backoff=self.wait,
+            body={"temperature": self.temperature},
+        )
+        asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
         try:
-            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = json.load(response)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            said = f"{error.code} {error.reason}"
-            if error.code in PASSING:
-                raise _PassingError(said, _seconds(error.headers.get("Retry-After"))) from error
-            told = error.read(500).decode("utf-8", "replace").strip()
-            raise ClocError(
-                f"the judge refuses: {said}: {told}", file=address, remedy="Check model and key."
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _PassingError(str(getattr(error, "reason", error))) from error
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            # A wrong address answers every time alike.
-            problem = f"what answers is no chat completion ({type(error).__name__}: {error})"
-            raise ClocError(problem, file=address, remedy="Check the address; it often ends in /v1.") from error
-        if not isinstance(content, str):
-            raise _PassingError("a reply without text")
-        return content
-
-
-class _PassingError(Exception):
-    """A request that may succeed the next time; `wait` is how many seconds the server asked for."""
-
-    def __init__(self, said: str, wait: float = 0.0) -> None:
-        super().__init__(said)
-        self.wait = wait
-
-
-def _seconds(header: str | None) -> float:
-    try:
-        return max(0.0, float(header or 0))
-    except ValueError:
-        return 0.0  # a date; our own waiting will do
+            (reply,) = ChatEndpoint(f"{self.url}#{self.model}", asking, key=self.key).answer([asked], ["judge"])
+        except ClocError as error:
+            kept = "The replies so far are kept: the same command goes on from there."
+            raise ClocError(error.problem, file=error.file, sample=error.sample, remedy=error.remedy or kept) from error
+        return reply
 
 
 def judge_of(url: str | None, model: str | None, key_variable: str, **options: Any) -> Judge:

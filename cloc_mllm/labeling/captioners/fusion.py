@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cloc_mllm.data.tar_shards import Sample
 from cloc_mllm.errors import ClocError
-from cloc_mllm.labeling.captioners.chat_endpoint import ChatEndpoint, EndpointOptions
 from cloc_mllm.labeling.captioners.existing import name_of, own_captions
 from cloc_mllm.labeling.captioners.prompts import FUSE
 from cloc_mllm.labeling.captioners.transformers_model import GREEDY
+from cloc_mllm.labeling.chat_endpoint import ChatEndpoint, EndpointOptions
 from cloc_mllm.labeling.checkpoints import (
     Dtype,
     checkpoint_identity,

@@ -12,9 +12,9 @@ from pydantic import PositiveInt
 
 from cloc_mllm.data.tar_shards import Sample
 from cloc_mllm.errors import ClocError
-from cloc_mllm.labeling.captioners.chat_endpoint import ChatEndpoint, EndpointOptions
 from cloc_mllm.labeling.captioners.existing import name_of
 from cloc_mllm.labeling.captioners.prompts import DESCRIBE
+from cloc_mllm.labeling.chat_endpoint import ChatEndpoint, EndpointOptions
 from cloc_mllm.labeling.stage_options import read_options
 from cloc_mllm.labeling.stages import Captioner
 

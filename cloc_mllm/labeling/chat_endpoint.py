@@ -57,17 +57,19 @@ class ChatEndpoint:
     Args:
         target: `BASE_URL#MODEL`, such as `http://localhost:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct`.
         options: How it is asked.
+        key: Sent as a bearer token, and written nowhere; default what the environment's `OPENAI_API_KEY` holds.
 
     Raises:
         ClocError: The target is not of that form.
     """
 
-    def __init__(self, target: str, options: EndpointOptions) -> None:
+    def __init__(self, target: str, options: EndpointOptions, key: str | None = None) -> None:
         base, _, self.model = target.partition("#")
         if not base.startswith(("http://", "https://")) or not self.model:
             remedy = "Write BASE_URL#MODEL, as in http://localhost:8000/v1#NAME."
             raise ClocError(f"'{target}' is no address of a model", remedy=remedy)
         self.url, self.options = f"{base.rstrip('/')}/chat/completions", options
+        self._key = key or os.environ.get(API_KEY)
 
     def answer(self, conversations: Sequence[Messages], names: Sequence[str]) -> list[str]:
         """Ask several questions at a time.
@@ -121,15 +123,16 @@ class ChatEndpoint:
 
     def _post(self, data: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {key}"
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url, data, headers)
         with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:
             content: bytes = answer.read()
         return content
 
     def _refused(self, problem: str, name: str, code: int | None = None) -> ClocError:
-        remedy = f"Set the environment variable {API_KEY}." if code in (401, 403) else None
+        key = "Check the key." if self._key else f"Set the environment variable {API_KEY}."
+        remedy = key if code in (401, 403) else None
         return ClocError(f"the endpoint {problem}", file=self.url, sample=name, remedy=remedy)
 
 
