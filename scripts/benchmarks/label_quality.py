@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from cloc_mllm.evaluation.metrics import Metric, mean_metric
 from common import print_table, write_report
 
 from cloc_mllm.data.importers.coco import convert_coco
 from cloc_mllm.data.readers import open_samples, resolve_image
 from cloc_mllm.data.tar_shards import Sample
 from cloc_mllm.errors import ClocError
+from cloc_mllm.evaluation.scoring.metrics import Metric, mean_metric
 from cloc_mllm.inference.images import read_image
 from cloc_mllm.labeling.detectors.imagenet_nouns import classes_of
 from cloc_mllm.labeling.filtering import FilterOptions, filter_detections

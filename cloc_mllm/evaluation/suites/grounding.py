@@ -168,11 +168,7 @@ def evaluate_grounding(
     answers = ask_each(answerer, len(regions), conversation, asking, expressions.ref.split)
     ious = box_ious(first_boxes(answers), [region.box for region in regions])
     records = [
-        {"id": data.ids[one.image], "row": data.rows[one.image], "phrase": one.text, "question": one.text}
-        | {"true_boxes": [list(one.box)], "iou": round(float(iou), 4), "right": bool(iou >= HEADLINE)}
-        | {"score": 1.0 if iou >= HEADLINE else round(float(iou), 4)}
-        | answer_record(answer)
-        for one, iou, answer in zip(regions, ious, answers, strict=True)
+        _record(data, one, iou) | answer_record(answer) for one, iou, answer in zip(regions, ious, answers, strict=True)
     ]
     details = {
         "grounding_mode": grounding_mode(answerer),
@@ -206,7 +202,27 @@ def score_located(expressions: Expressions, located: Mapping[str, Sequence[Seque
         "regions": {"asked for": len(regions), "ambiguous, left out": expressions.ambiguous},
         "baselines": _baselines(regions, data, seed),
     }
-    return Outcome(expressions.ref, scored[headline], details)
+    ious = box_ious(located[headline], truth)
+    records = [
+        _record(data, one, iou) | {"answer": headline, "boxes": [{"phrase": one.text, "box": list(box)}]}
+        for one, iou, box in zip(regions, ious, located[headline], strict=True)
+    ]
+    return Outcome(expressions.ref, scored[headline], details, answers=records)
+
+
+def _record(data: RegionSplit, region: Region, iou: float) -> dict[str, Any]:
+    """What `answers.jsonl` says of an expression, whoever looked for it."""
+    right = bool(iou >= HEADLINE)
+    return {
+        "id": data.ids[region.image],
+        "row": data.rows[region.image],
+        "phrase": region.text,
+        "question": region.text,
+        "true_boxes": [list(region.box)],
+        "iou": round(float(iou), 4),
+        "right": right,
+        "score": 1.0 if right else round(float(iou), 4),
+    }
 
 
 def _metrics(ious: Any, regions: Sequence[Region], seed: int) -> dict[str, Metric]:

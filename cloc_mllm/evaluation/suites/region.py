@@ -31,7 +31,14 @@ from cloc_mllm.evaluation.encoders.readouts import Encoder, RegionReadout, build
 from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, draw, load_region_split
 from cloc_mllm.evaluation.encoders.vocabulary import Vocabulary, read_vocabulary
 from cloc_mllm.evaluation.encoders.zero_shot import class_embeddings
-from cloc_mllm.evaluation.scoring.metrics import class_mean_metric, mean_metric, misplaced, same_item, topk_hits
+from cloc_mllm.evaluation.scoring.metrics import (
+    class_mean_metric,
+    mean_metric,
+    misplaced,
+    same_item,
+    top1_hits,
+    topk_hits,
+)
 from cloc_mllm.evaluation.suites.options import EvalOptions, Outcome, batch_size_of, settings_of
 
 RECALLS = (1, 5, 10)
@@ -76,10 +83,10 @@ def run(options: EvalOptions) -> Outcome:
     # The first is the headline: the Prompter's, or for CLIP the crop, which needs no read-out of patches.
     readouts.sort(key=lambda way: way.name not in ("prompter", "crop"))
     settings = EncoderSettings(crop_limit=None, seed=options.seed, **batch_size_of(options))
-    metrics, details = evaluate_regions(
+    metrics, details, records = evaluate_regions(
         encoder, readouts, data, settings, vocabulary, templates_of(asked.templates), asked.gallery == "all"
     )
-    return Outcome(data.ref, metrics, details)
+    return Outcome(data.ref, metrics, details, answers=records)
 
 
 def evaluate_regions(
@@ -90,7 +97,7 @@ def evaluate_regions(
     vocabulary: Vocabulary | None = None,
     templates: Sequence[str] = IMAGENET,
     one_gallery: bool = False,
-) -> tuple[Metrics, dict[str, Any]]:
+) -> tuple[Metrics, dict[str, Any], list[dict[str, Any]]]:
     """Measure an encoder on region-text data.
 
     Args:
@@ -104,7 +111,8 @@ def evaluate_regions(
         one_gallery: Retrieval among all regions instead of in pools.
 
     Returns:
-        The headline metrics, and the details: all read-outs, pools, classes.
+        The headline metrics; the details: all read-outs, pools, classes; and what the headline's read-out called each
+        region, if regions are named.
 
     Raises:
         ClocError: The data hold no region.
@@ -130,7 +138,7 @@ def evaluate_regions(
     chance = 1 / len(vocabulary.names) if vocabulary else 0.0
     alone = ("region_macc", "region_top1", "region_ensemble_top1") if vocabulary else ()
     sizes = ", ".join(str(len(pool)) for pool in pools)
-    return headline, {
+    details = {
         "choices": {"made_on": "nothing", "readout": readouts[0].name},
         "protocols": PROTOCOLS if vocabulary else {},
         "readouts": by_readout,
@@ -144,6 +152,33 @@ def evaluate_regions(
             "templates": f"protocol B: {len(templates)}",
         },
     }
+    first = readouts[0].name
+    records = _records(split, read.regions[first], rows[first], vocabulary, classes[0]) if vocabulary else []
+    return headline, details, records
+
+
+def _records(
+    split: RegionSplit, embeds: torch.Tensor, rows: Sequence[int], vocabulary: Vocabulary, names: torch.Tensor
+) -> list[dict[str, Any]]:
+    """What each region was taken for among the bare names."""
+    similarity = similarity_of(embeds, names)
+    number = {name: k for k, name in enumerate(vocabulary.names)}
+    records = []
+    for row, scores in zip(rows, similarity, strict=True):
+        region = split.regions[row]
+        best = int(scores.argmax())
+        records.append(
+            {
+                "id": f"{split.ids[region.image]}/{row}",
+                "row": split.rows[region.image],
+                "question": "What is in the box?",
+                "boxes_in": [list(region.box)],
+                "truth": region.text,
+                "answer": vocabulary.names[best],
+                "right": bool(top1_hits(scores[None], [number[region.text]])[0]),
+            }
+        )
+    return records
 
 
 def _named(

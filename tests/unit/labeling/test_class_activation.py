@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cloc_mllm.evaluation.metrics import box_ious
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from cloc_mllm.errors import ClocError
+from cloc_mllm.evaluation.scoring.metrics import box_ious
 from cloc_mllm.labeling.detectors import imagenet_nouns
 from cloc_mllm.labeling.detectors.class_activation import (
     ClassActivationDetector,

@@ -156,7 +156,7 @@ def test_both_protocols_equal_a_plain_computation(tmp_path: Path) -> None:
         "Images", (), {"ids": ids, "embeds": encoder.embed_images(pictures, ids)}
     )
     vocabulary = read_vocabulary("auto", data, [region.text for region in split.regions])
-    metrics, details = evaluate_regions(encoder, [Reading()], split, QUIET, vocabulary, one_gallery=True)  # type: ignore[arg-type]
+    metrics, details, _ = evaluate_regions(encoder, [Reading()], split, QUIET, vocabulary, one_gallery=True)  # type: ignore[arg-type]
     hits: dict[str, dict[str, list[float]]] = {"bare": {}, "top1": {}, "top5": {}}
     for region in split.regions:
         embed = encoder._of(f"{split.ids[region.image]}{region.box}")
@@ -187,11 +187,14 @@ def test_the_truth_is_right_by_both_protocols_in_one_gallery(tmp_path: Path) -> 
     split = load_region_split(write_regions(tmp_path / "a"))
     encoder = TruthEncoder([split])
     vocabulary = read_vocabulary("occurring", tmp_path / "a", [region.text for region in split.regions])
-    metrics, _ = evaluate_regions(encoder, [TruthReadout(encoder)], split, QUIET, vocabulary, one_gallery=True)
+    metrics, _, records = evaluate_regions(encoder, [TruthReadout(encoder)], split, QUIET, vocabulary, one_gallery=True)
     assert {metric.value for name, metric in metrics.items() if name.startswith("region")} == {1.0}
-    unnamed, details = evaluate_regions(encoder, [TruthReadout(encoder)], split, QUIET)
+    assert [record["answer"] for record in records] == [region.text for region in split.regions]
+    assert all(record["right"] for record in records)
+    unnamed, details, none = evaluate_regions(encoder, [TruthReadout(encoder)], split, QUIET)
     assert not [name for name in unnamed if "acc" in name or "top" in name]
     assert details["pools"]["classes"] == "regions are not named"
+    assert none == []
 
 
 # --- whole images ------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_a_judge_that_never_replies_gives_no_score(bench: Path, tmp_path: Path) 
     replies = ReplyFile(tmp_path / "judge.jsonl")
     with serving(lambda prompt: 503) as server:
         judge = Judge(server.url, "marker", retries=1, wait=0.001)
-        with pytest.raises(ClocError, match="answered 503.*tried 2 times"):
+        with pytest.raises(ClocError, match=r"answered 503.*tried 2 times"):
             evaluate_bench(ScriptedAnswerer(parrot), loaded, judge, replies, QUIET)
 
 

@@ -111,7 +111,7 @@ def test_region_suite_gives_the_truth_100_and_its_opposite_0(region_data: Path, 
     split = load_region_split(region_data)
     encoder = TruthEncoder([split], sign)
     vocabulary = read_vocabulary("occurring", region_data, [region.text for region in split.regions])
-    metrics, _ = evaluate_regions(
+    metrics, _, _ = evaluate_regions(
         encoder, [TruthReadout(encoder)], split, EncoderSettings(progress=False, crop_limit=None), vocabulary
     )
     wanted = [name for name in metrics if not name.endswith(("_r5", "_r10", "_top5"))]
