@@ -79,6 +79,13 @@ def test_regions_are_asked_on_every_side(tmp_path: Path) -> None:
     assert "| boxes | CLIP on crops, s |" in printed
 
 
+def test_regions_are_named_on_every_side(tmp_path: Path) -> None:
+    printed = run("region_recognition.py", "--images", "1", "--layers", "1", "--repeats", "1", "--out", str(tmp_path))
+    (found,) = json.loads((tmp_path / "region_recognition.json").read_text())["results"]
+    assert found["prompt_speedup"] == pytest.approx(found["prompt_images_per_second"] / found["crop_images_per_second"])
+    assert "| Prompter, mean" in printed
+
+
 def test_packing_spares_padding(tmp_path: Path) -> None:
     printed = run(
         "packing.py", "--steps", "2", "--width", "32", "--layers", "1", "--repeats", "1", "--out", str(tmp_path)
