@@ -18,6 +18,7 @@ from PIL import Image
 
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.labeling.config import LabelConfig, load_label_config
+from cloc_mllm.labeling.detectors.common import PhraseTally
 from cloc_mllm.labeling.stages import Detection
 from tests.builders import noise_image
 
@@ -67,12 +68,18 @@ class SmallPhrases(_Small):
 
 
 class SmallDetector(_Small):
-    """Finds each phrase where a hash of it and the picture says."""
+    """Finds each phrase where a hash of it and the picture says; of phrases of two words it reads the first alone."""
+
+    def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
+        super().__init__(kind, options)
+        self.tally = PhraseTally()
 
     def __call__(self, images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         self.note(len(images))
         if (die_at := self.options.get("die_at")) and any(die_at in texts for texts in phrases):
             os.kill(os.getpid(), signal.SIGKILL)
+        for texts in phrases:
+            self.tally.count(len(texts), shortened=sum(" " in text for text in texts))
         return [self.find(image, texts) for image, texts in zip(images, phrases, strict=True)]
 
     def find(self, image: Image.Image, phrases: Sequence[str]) -> list[Detection]:

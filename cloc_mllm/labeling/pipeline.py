@@ -165,7 +165,7 @@ def _finish(job: Job) -> dict[str, Any]:
     """Write what speaks of the whole set: the joined lines, `skipped.txt`, the report, and last `dataset.json`."""
     out = Path(job.config.out)
     counts, dropped = Counter(dict.fromkeys(_COUNTS, 0)), Counter[str]()
-    seconds, samples = Counter[str](), Counter[str]()
+    seconds, samples, phrases = Counter[str](), Counter[str](), Counter[str]()
     statistics, keys, files, examples = LabelStatistics(), None, list[str](), list[str]()
     with atomic_writer(out / "skipped.txt") as skipped:
         for number, marker in enumerate(_markers(job)):
@@ -177,6 +177,7 @@ def _finish(job: Job) -> dict[str, Any]:
             dropped.update(marker["dropped"])
             seconds.update(marker["seconds"])
             samples.update(marker["samples"])
+            phrases.update(marker["phrases"])
             files += marker["files"]
             statistics.merge(marker["statistics"])
             for problem in marker["skipped"]:
@@ -193,7 +194,7 @@ def _finish(job: Job) -> dict[str, Any]:
         (out / "skipped.txt").unlink()
     assert keys is not None
     result = _description(job, keys, counts, dropped)
-    timing = {"seconds": dict(seconds), "samples": dict(samples)}
+    timing = {"seconds": dict(seconds), "samples": dict(samples), "phrases": dict(phrases)}
     write_reports(out, result, statistics.summary(), timing, examples)
     write_json(out / "dataset.json", result)
     return result

@@ -32,10 +32,12 @@ def write_reports(
         out: The folder; its shards are there.
         description: What `dataset.json` will hold.
         statistics: What `LabelStatistics.summary` returned.
-        timing: `seconds` and `samples` by step, over all workers.
+        timing: `seconds` and `samples` by step, over all workers; `phrases`: how many the detector was given, and of
+            how many it could read the beginning only, or nothing.
         skipped: Some of the samples that were left out, with their faults.
     """
     report = {**description, "statistics": statistics, "throughput": throughput(timing), "skipped": list(skipped)}
+    report["detector_phrases"] = dict(timing["phrases"])
     write_json(out / "report.json", report)
     with atomic_writer(out / "report.md") as file:
         file.write(_markdown(report).encode())
@@ -74,6 +76,12 @@ def tables(report: Mapping[str, Any]) -> dict[str, Table]:
         shown["Detections that were dropped"].append(
             [name, f"{number:,}", _share(number, report["counts"]["detections"])]
         )
+    phrases = report["detector_phrases"]
+    if phrases:
+        shown["Phrases as the detector read them"] = [["", "number", "share"]]
+        shown["Phrases as the detector read them"] += [
+            [name, f"{number:,}", _share(number, phrases.get("given", 0))] for name, number in phrases.items()
+        ]
     shown["Time"] = [["step", "worker seconds", "samples", "samples a second, one worker", "share"]]
     for step, found in report["throughput"].items():
         speed = "–" if found["samples_per_second"] is None else f"{found['samples_per_second']:,.1f}"

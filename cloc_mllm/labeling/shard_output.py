@@ -70,7 +70,7 @@ def write_shard(
         shard: Number of the shard.
         keys: Of all steps.
         inputs: What is to be written, in order.
-        facts: What the steps before say of their work: `seconds` and `samples`.
+        facts: What the steps before say of their work: `seconds`, `samples`, and what a detector counted as `tally`.
         refusals: Records of the samples that are left out.
 
     Raises:
@@ -112,6 +112,7 @@ def write_shard(
             "dropped": dict(dropped),
             "seconds": {**seconds, "shards": round(time.perf_counter() - start, 4)},
             "samples": {**samples, "shards": counts["samples_written"]},
+            "phrases": facts["detections"].get("tally", {}),
             "skipped": [record["problem"] for record in refusals],
             "statistics": statistics.to_dict(),
         },

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +135,11 @@ class Step:
         file = self.job.records_file(self.name, self.keys[self.name], shard)
         found = read_records(file)
         if found is None or not self._is_whole(found, shard):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self._tally()
             records = list(self._records(shard))
             seconds = round(time.perf_counter() - start, 4)
-            write_records(file, records, {"seconds": seconds, "samples": len(records)})
+            told = {"seconds": seconds, "samples": len(records), "tally": dict(self._tally() - before)}
+            write_records(file, records, told)
         else:
             records = found[0]
         if self.job.config.on_bad_sample == "error":
@@ -145,6 +147,10 @@ class Step:
                 if "problem" in record:
                     raise problem_of(record)
         return self.keys
+
+    def _tally(self) -> Counter[str]:
+        """What the stage has counted so far, if it counts: phrases that it was given, and could not read."""
+        return Counter(getattr(self._stage, "tally", {}))
 
     def _is_whole(self, found: tuple[list[Record], Record], shard: int) -> bool:
         records, facts = found

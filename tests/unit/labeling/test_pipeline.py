@@ -92,6 +92,10 @@ def test_labels_are_what_the_stages_say_of_each_picture(file_format: str, pictur
     assert counts["samples_read"] == counts["samples_written"] == COUNT
     assert counts["regions_written"] == sum(len(kept) for _, _, kept in expected.values())
     assert counts["detections"] == counts["regions_written"] + dropped.total()
+    # What the detector could not read of its phrases stands in the report, over all shards.
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["detector_phrases"] == {name: number for name, number in detect.tally.items() if number}
+    assert "Phrases as the detector read them" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
