@@ -257,3 +257,14 @@ def test_unknown_mode_and_empty_image_are_refused() -> None:
         BoxCodec().encode([0, 0, 0, 0], 0, 5)
     with pytest.raises(ValueError, match="5 x -1 pixels"):
         BoxCodec().decode("nothing", 5, -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=boxes_with_area(), second=boxes_with_area())
+def test_iou_and_giou_are_torchvisions(first: Tensor, second: Tensor) -> None:
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
+    torch.testing.assert_close(box_iou(first, second), ops.box_iou(first, second), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(box_area(first), ops.box_area(first))
+    rows, columns = first[:, None].expand(-1, len(second), -1), second[None].expand(len(first), -1, -1)
+    expected = ops.generalized_box_iou(first, second)
+    torch.testing.assert_close(paired_giou(rows, columns, eps=0.0), expected, rtol=1e-9, atol=1e-12)
