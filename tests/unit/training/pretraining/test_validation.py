@@ -185,6 +185,10 @@ def test_every_process_embeds_as_many_batches_and_all_rows_are_there(size: int) 
         assert [row for share in shares for rows in share for row in rows][:count] == list(range(count))
 
 
+def test_the_templates_of_imagenet_go_by_their_name() -> None:
+    assert len(ZeroShotOptions(path="x", templates="imagenet").templates) == 80
+
+
 @pytest.mark.parametrize("templates", [["no place"], ["{} and {}"], ["{0}"], ["{name} {}"], []])
 def test_templates_must_hold_the_name_once(templates: list[str]) -> None:
     with pytest.raises(ValueError, match=r"must hold|at least one"):
