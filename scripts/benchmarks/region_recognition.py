@@ -46,7 +46,7 @@ class _OnlyCrops:
 
     def __call__(self, pictures: Sequence[Image.Image], boxes: Sequence[Any]) -> torch.Tensor:
         nothing = torch.zeros(0, 512)
-        images = EncodedImages([], pictures, [], nothing, nothing, None)
+        images = EncodedImages([], pictures, [], nothing, nothing)
         return CropReadout(self.encoder).embed(images, boxes)
 
 

@@ -110,9 +110,9 @@ class OpenClipEncoder:
     def encode_images(self, pictures: Sequence[Image.Image], ids: Sequence[str]) -> EncodedImages:
         """Encode RGB images; see :class:`~cloc_mllm.evaluation.encoders.readouts.Encoder`."""
         pixels = self._framed(pictures)
-        patches = values = None
+        seen: list[torch.Tensor] = []
         if self.patchwise:
-            seen, layer = [], self.model.visual.transformer.resblocks[-1]
+            layer = self.model.visual.transformer.resblocks[-1]
             hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
             after = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
             try:
@@ -121,7 +121,6 @@ class OpenClipEncoder:
                 hook.remove()
                 after.remove()
             tokens = seen[1]
-            patches, values = self._project(tokens[:, 1:]), self._project(_values(layer, seen[0])[:, 1:])
         else:
             embeds = self.model.encode_image(pixels)
             tokens = embeds[:, None]
@@ -131,8 +130,8 @@ class OpenClipEncoder:
             geometries=[self.frame.geometry(*picture.size) for picture in pictures],
             embeds=functional.normalize(embeds.float(), dim=-1),
             tokens=tokens,
-            patches=patches,
-            values=values,
+            patches_of=(lambda: self._project(tokens[:, 1:])) if seen else None,
+            values_of=(lambda: self._project(_values(layer, seen[0])[:, 1:])) if seen else None,
         )
 
     @torch.no_grad()
@@ -154,6 +153,7 @@ class OpenClipEncoder:
     def _framed(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return self.frame(list(pictures))["pixel_values"].to(self.device)
 
+    @torch.no_grad()
     def _project(self, patches: torch.Tensor) -> torch.Tensor:
         """Send patch tokens the way the class token goes: post-norm, projection."""
         return (self.model.visual.ln_post(patches) @ self.model.visual.proj).float()
@@ -169,6 +169,7 @@ def _pools_class_token(tower: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def _values(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What each token would tell the class token in the last layer, were the class token to attend to it alone."""
     attention = layer.attn

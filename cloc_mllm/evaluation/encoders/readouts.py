@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, Protocol
 
@@ -45,8 +46,8 @@ class EncodedImages:
         geometries: (B,) original to model frame.
         embeds: (B, D) whole-image embeddings, L2-normalised.
         tokens: (B, N, width) the tower's tokens before pooling and projection.
-        patches: (B, side * side, D) patch tokens in the shared space, not normalised; None for towers without.
-        values: The same of the last layer's values alone; None for towers that cannot be read so.
+        patches_of: Makes `patches`; None for towers without.
+        values_of: Makes `values`; None for towers that cannot be read so.
     """
 
     ids: Sequence[str]
@@ -54,8 +55,18 @@ class EncodedImages:
     geometries: Sequence[Geometry]
     embeds: torch.Tensor
     tokens: torch.Tensor
-    patches: torch.Tensor | None
-    values: torch.Tensor | None = None
+    patches_of: Callable[[], torch.Tensor] | None = None
+    values_of: Callable[[], torch.Tensor] | None = None
+
+    @cached_property
+    def patches(self) -> torch.Tensor | None:
+        """(B, side * side, D) patch tokens in the shared space, not normalised; made when first asked for."""
+        return None if self.patches_of is None else self.patches_of()
+
+    @cached_property
+    def values(self) -> torch.Tensor | None:
+        """The same of the last layer's values alone."""
+        return None if self.values_of is None else self.values_of()
 
     def dense(self, source: str) -> torch.Tensor:
         """Return ``patches`` (source ``roi``) or ``values`` (source ``value``).
@@ -203,17 +214,18 @@ class ClocEncoder:
         before_last = _LastLayerInput(self.model.vision_model)
         with before_last:
             output = self.model.get_image_features(pixels)
-        tokens = output.last_hidden_state
+        tokens, seen = output.last_hidden_state, before_last.seen
         return EncodedImages(
             ids=ids,
             pictures=pictures,
             geometries=[self.processor.image_processor.geometry(*picture.size) for picture in pictures],
             embeds=functional.normalize(output.pooler_output.float(), dim=-1),
             tokens=tokens,
-            patches=self._project_patches(tokens),
-            values=None if before_last.seen is None else self._project_patches(self._values(before_last.seen)),
+            patches_of=lambda: self._project_patches(tokens),
+            values_of=None if seen is None else lambda: self._project_patches(self._values(seen)),
         )
 
+    @torch.no_grad()
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
         """What each token would tell the class token in the last layer, were the class token to attend to it alone."""
         layer = self.model.vision_model.encoder.layers[-1]
@@ -224,6 +236,7 @@ class ClocEncoder:
         """Whether the tower is a stock CLIP one, whose class token is pooled."""
         return isinstance(self.model.vision_model, CLIPVisionModel)
 
+    @torch.no_grad()
     def _project_patches(self, tokens: torch.Tensor) -> torch.Tensor:
         """Send patch tokens the way the pooled token goes: post-norm (where the tower leaves it out), projection.
 

@@ -50,7 +50,6 @@ class TruthEncoder:
             geometries=[Geometry.fit(*picture.size, 96) for picture in pictures],
             embeds=embeds,
             tokens=torch.zeros(len(ids), 1, 1),
-            patches=torch.zeros(len(ids), 1, 1),
         )
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:

@@ -46,7 +46,6 @@ def images_of(sizes: list[tuple[int, int]]) -> EncodedImages:
         geometries=[Geometry.fit(*size, 96) for size in sizes],
         embeds=nothing[:, 0],
         tokens=nothing,
-        patches=None,
     )
 
 

@@ -182,7 +182,7 @@ def planted(hot: list[tuple[int, int]], side: int = 8, size: tuple[int, int] = (
         geometries=[Geometry.fit(*size, 96)],
         embeds=torch.zeros(1, 4),
         tokens=torch.zeros(1, side * side + 1, 4),
-        patches=patches.flatten(1, 2),
+        patches_of=lambda: patches.flatten(1, 2),
     )
 
 
