@@ -6,6 +6,7 @@ exceptions do not know is treated as a regular, countable noun. Phrases in other
 
 from __future__ import annotations
 
+import os
 import re
 
 _DETERMINER = re.compile(
@@ -119,10 +120,9 @@ def plural(phrase: str) -> str:
     tail = _BEHIND_HEAD.search(phrase)
     front, behind = (phrase, "") if tail is None else (phrase[: tail.start()], phrase[tail.start() :])
     said, several = front.rstrip(), _plural_word(word)
-    # "TV" becomes "TVs": only letters that change are written anew, in lower case.
-    if several.startswith(word):
-        return f"{said}{several[len(word) :]}{behind}"
-    return f"{said[: -len(word)]}{several}{behind}"
+    # "TV" becomes "TVs", "Berry" "Berries": only letters that change are written anew, in lower case.
+    kept = len(os.path.commonprefix([word, several]))
+    return f"{said[: len(said) - len(word) + kept]}{several[kept:]}{behind}"
 
 
 def _plural_word(word: str) -> str:

@@ -35,12 +35,12 @@ def run_local(job: Job, shards: Sequence[int], progress: bool = True) -> None:
     """
     devices = job.config.devices or default_devices()
     workers = default_workers(devices) if job.config.workers is None else job.config.workers
-    with_bar = {"unit": "shard", "disable": None if progress else True}
+    silent = None if progress else True  # None: where standard error is no terminal
     if workers == 0:
         keys: dict[str, str] = {}
         for name in STEPS:
             step = Step(job, name, keys, devices[0] if name in MODEL_STEPS else "cpu")
-            for shard in tqdm(shards, desc=name, **with_bar):
+            for shard in tqdm(shards, desc=name, unit="shard", disable=silent):
                 step(shard)
             keys = step.keys
         return
@@ -48,7 +48,7 @@ def run_local(job: Job, shards: Sequence[int], progress: bool = True) -> None:
         keys = {}
         for name in STEPS:
             found = None
-            for found in tqdm(pool.map(name, keys, shards), total=len(shards), desc=name, **with_bar):
+            for found in tqdm(pool.map(name, keys, shards), total=len(shards), desc=name, unit="shard", disable=silent):
                 if found[name] != keys.get(name, found[name]):
                     remedy = "Its identity() has to be the same in every process."
                     raise ClocError(f"two workers disagree on what the stage of '{name}' is", remedy=remedy)

@@ -106,3 +106,8 @@ def test_number_agrees() -> None:
     assert worded("Point out each {phrase}.", "broccoli") == "Point out all the broccoli."
     assert worded("Find the {phrase}.", "his hat") == "Find his hat."
     assert worded("{text}", "{phrase}") == "{phrase}"
+
+
+def test_letters_that_stay_keep_their_case() -> None:
+    said = [plural(word) for word in ("TV", "BY", "Berry", "Fireman", "Teddy Bear")]
+    assert said == ["TVs", "Bies", "Berries", "Firemen", "Teddy Bears"]
