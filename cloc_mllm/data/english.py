@@ -6,7 +6,6 @@ exceptions do not know is treated as a regular, countable noun. Phrases in other
 
 from __future__ import annotations
 
-import os
 import re
 
 _DETERMINER = re.compile(
@@ -121,7 +120,7 @@ def plural(phrase: str) -> str:
     front, behind = (phrase, "") if tail is None else (phrase[: tail.start()], phrase[tail.start() :])
     said, several = front.rstrip(), _plural_word(word)
     # "TV" becomes "TVs", "Berry" "Berries": only letters that change are written anew, in lower case.
-    kept = len(os.path.commonprefix([word, several]))
+    kept = next((k for k, letter in enumerate(word) if not several.startswith(letter, k)), len(word))
     return f"{said[: len(said) - len(word) + kept]}{several[kept:]}{behind}"
 
 
