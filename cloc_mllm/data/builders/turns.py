@@ -191,25 +191,25 @@ def _list_of_all(asker: Asker) -> list[Message]:
 
 
 def negatives(asker: Asker) -> Iterator[list[Message]]:
-    """Whether something is there, "yes" as likely as "no"; and where something is that is not there."""
+    """Whether something is there, "yes" as likely as "no"; and where something is that is not there.
+
+    Once "yes" cannot be the answer any more, "no" must not be either: where pictures have few names it would be the
+    better guess.
+    """
     picture, taken = asker.picture, set[str]()
     assert asker.vocabulary is not None
     present = [text for k in asker.shuffled() for text in picture.things[k].texts if is_name(text)]
     while True:
-        kind = asker.draw.choice(("is there, yes", "is there, no", "find what is absent", "find what is absent"))
-        if kind == "is there, yes":
-            here = next((text for text in present if without_article(text).lower() not in taken), None)
-            if here is None:
-                return
-            taken.add(without_article(here).lower())
-            yield asker.say(kind, here, [], None)
-            continue
+        here = next((text for text in present if without_article(text).lower() not in taken), None)
         name = asker.vocabulary.absent(picture, asker.choices.absent, taken, asker.draw)
         if name is None:
             asker.counts["pictures_out_of_absent_names"] += 1
             return
-        taken.add(name)
-        yield asker.say(kind, name, [], None)
+        kinds = ("find what is absent", "find what is absent", "is there, yes", "is there, no")
+        kind = asker.draw.choice(kinds if here is not None else kinds[:2])
+        text = here if here is not None and kind == "is there, yes" else name
+        taken.add(without_article(text).lower())
+        yield asker.say(kind, text, [], None)
 
 
 KINDS: Mapping[str, Kind] = {

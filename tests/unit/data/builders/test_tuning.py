@@ -227,6 +227,16 @@ def test_yes_is_as_likely_as_no(tmp_path: Path) -> None:
     assert 160 < answers["There is"] < 240
 
 
+def test_no_is_no_better_guess_where_pictures_have_few_names(tmp_path: Path) -> None:
+    data = [{"caption": "x", "regions": [{"box": [0, 0, 9, 9], "text": f"thing{k % 40}"}][: k % 3]} for k in range(900)]
+    counts, conversations = built(tmp_path, data, "negatives", limit=4)
+    asked = [pair[2] for one in conversations for pair in turns(one)]
+    yes, no = (sum(answer.startswith(word) for answer in asked) for word in ("Yes", "No"))
+    assert counts["turns"] == 3600
+    assert min(yes, no) > 300
+    assert abs(yes - no) < 4 * (yes + no) ** 0.5
+
+
 def test_absent_names_are_drawn_as_asked() -> None:
     """With 40 pictures of a dog and a lead, 40 of a cat and 2 of a yak, what is asked for of a dog alone?"""
     listed = [["dog", "lead"]] * 40 + [["cat"]] * 40 + [["yak"]] * 2
