@@ -1,9 +1,9 @@
 """A folder written shard by shard, by several processes, that goes on where it was stopped.
 
 A shard appears under its name when it is complete, and its counts with it, so nothing is lost or written twice: a run
-that is given again with the same plan ends in the same files, byte for byte, as one that was never stopped. Readers take
-all shards of a folder for one data set, so files of another run never stay beside those of this one: what a stopped run of
-another plan has written is removed, and anything else is refused.
+that is given again with the same plan ends in the same files, byte for byte, as one that was never stopped. Readers
+take all shards of a folder for one data set, so files of another run never stay beside those of this one: what a
+stopped run of another plan has written is removed, and anything else is refused.
 """
 
 from __future__ import annotations
