@@ -50,7 +50,7 @@ def sample_name(sample: Mapping[str, Any] | None, fallback: str) -> str:
 def _parse(text: bytes | str, file: str | None, where: str) -> Sample:
     try:
         sample = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
         raise ClocError(f"not valid JSON: {error}", file=file, sample=where, remedy="Mend or remove it.") from error
     if not isinstance(sample, dict):
         raise ClocError("not a JSON object", file=file, sample=where, remedy="A sample is an object, {...}.")
@@ -120,7 +120,7 @@ class JsonList:
             samples = json.loads(self.path.read_bytes())
         except OSError as error:
             raise ClocError(f"cannot read the file: {error.strerror}", file=path, remedy="Check the path.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ClocError(
                 f"not valid JSON: {error}", file=path, remedy="JSON lines need the ending .jsonl."
             ) from error

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from cloc_mllm.errors import ClocError
@@ -212,6 +213,10 @@ def region_text_problems(sample: Mapping[str, Any], size: Size | None) -> Iterat
         yield from text_problems(region.get("text"), f"the text of {what}")
         if region.get("score") is not None and not _is_number(region["score"]):
             yield Problem(f"the score of {what} is {region['score']!r}, not a number", "Correct it or leave it out.")
+        if not isinstance(region.get("unique"), (bool, NoneType)):
+            yield Problem(
+                f"'unique' of {what} is {region['unique']!r}, not true or false", "Correct it or leave it out."
+            )
 
 
 def conversation_problems(

@@ -227,8 +227,9 @@ def sample_of_members(data: bytes, shard: str, fallback: str) -> tuple[Sample, s
             raise ValueError("there is no sample where the index says one is")
         sample = json.loads(found["json"]) if "json" in found else {"regions": []}
         text = found["txt"].decode() if "txt" in found else None
-    except ValueError as error:
-        problem = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+    except (ValueError, RecursionError) as error:
+        is_json = isinstance(error, (json.JSONDecodeError, RecursionError))
+        problem = f"not valid JSON: {error}" if is_json else str(error)
         raise ClocError(problem, file=shard, sample=place, remedy="Mend or remove it.") from error
     if not isinstance(sample, dict):
         raise ClocError("the JSON is not an object", file=shard, sample=place, remedy="A sample is an object, {...}.")

@@ -5,19 +5,37 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from cloc_mllm.data.readers import Sample, resolve_image
+from cloc_mllm.data.readers import Sample, resolve_image, sample_name
 from cloc_mllm.data.schema import kind_of
 from cloc_mllm.data.tar_shards import IMAGE_ENDINGS, write_index
 from cloc_mllm.errors import ClocError
 
 _SHARD = 4096
 _BLOCK = 512
+
+
+@contextmanager
+def naming(sample: Sample, number: int, out: Path) -> Iterator[None]:
+    """Give an error of a writer the file and the sample it is about.
+
+    Args:
+        sample: The sample being written.
+        number: How many were written before it.
+        out: The folder written to, named where the error names no file of its own.
+    """
+    try:
+        yield
+    except ClocError as error:
+        name = error.sample if error.sample is not None else sample_name(sample, f"number {number} written")
+        raise ClocError(error.problem, file=error.file or out, sample=name, remedy=error.remedy) from error
 
 
 class WebDatasetWriter:
@@ -49,7 +67,8 @@ class WebDatasetWriter:
         """
         if kind_of(sample) != "region-text":
             raise ClocError("WebDataset shards hold region-text samples", remedy="Write conversations as Parquet.")
-        content, ending = _encoded_image(sample["image"], folder)
+        with naming(sample, self._written, self.out):
+            content, ending = _encoded_image(sample["image"], folder)
         record = {key: value for key, value in sample.items() if key != "image"}
         if self._archive is None or len(self._parts[-1][1]) == self.shard:
             self._next_shard()
@@ -93,6 +112,7 @@ class WebDatasetWriter:
 def _encoded_image(image: Any, folder: Path | None) -> tuple[bytes, str]:
     """An image as it is stored, and the ending that says what it is."""
     place = resolve_image(image, folder)
+    file = place if isinstance(place, Path) else None
     if isinstance(place, Path):
         content, ending = place.read_bytes(), place.suffix.lower().removeprefix(".")
     elif isinstance(place, bytes):
@@ -106,9 +126,11 @@ def _encoded_image(image: Any, folder: Path | None) -> tuple[bytes, str]:
         with Image.open(io.BytesIO(content)) as picture:
             found = (picture.format or "").lower()
     except UnidentifiedImageError as error:
-        raise ClocError("an image is no picture that Pillow can read", remedy="Leave the sample out.") from error
-    ending = {"jpeg": "jpg", "tiff": "tif"}.get(found, found)
+        problem = "an image is no picture that Pillow can read"
+        raise ClocError(problem, file=file, remedy="Leave the sample out.") from error
+    # MPO, as many phones write, is a JPEG with further pictures behind it, which readers of JPEG do not see.
+    ending = {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(found, found)
     if ending not in IMAGE_ENDINGS:
         problem = f"shards do not hold {found} images"
-        raise ClocError(problem, remedy=f"Convert it to one of {', '.join(IMAGE_ENDINGS)}.")
+        raise ClocError(problem, file=file, remedy=f"Convert it to one of {', '.join(IMAGE_ENDINGS)}.")
     return content, ending

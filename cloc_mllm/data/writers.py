@@ -5,6 +5,7 @@ A file appears under its name only when it is complete; a run that is stopped le
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 from cloc_mllm.data.messages import image_items, messages_of
 from cloc_mllm.data.readers import Sample, resolve_image
 from cloc_mllm.data.schema import kind_of
-from cloc_mllm.data.tar_writer import WebDatasetWriter
+from cloc_mllm.data.tar_writer import WebDatasetWriter, naming
 from cloc_mllm.errors import ClocError
 
 FORMATS = ("jsonl", "parquet", "webdataset")
@@ -51,6 +52,7 @@ class JsonlWriter:
         self.copy_images = copy_images
         self._target = self.out / f"{name}.jsonl"
         self._part = self._target.with_suffix(".jsonl.part")
+        self._written = 0
 
     def __enter__(self) -> JsonlWriter:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -65,10 +67,12 @@ class JsonlWriter:
         Raises:
             ClocError: An image is held in memory: JSON lines cannot hold it.
         """
-        if kind_of(sample) == "region-text":
-            sample = {**sample, "image": self._reference(sample["image"], folder)}
-        else:
-            sample = _map_images(sample, lambda image: self._reference(image, folder))
+        with naming(sample, self._written, self.out):
+            if kind_of(sample) == "region-text":
+                sample = {**sample, "image": self._reference(sample["image"], folder)}
+            else:
+                sample = _map_images(sample, lambda image: self._reference(image, folder))
+        self._written += 1
         self._file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
     def _reference(self, image: Any, folder: Path | None) -> str:
@@ -79,8 +83,8 @@ class JsonlWriter:
             return os.path.relpath(place, self.out)
         copy = self.out / "images" / place.name
         if not copy.exists():
-            shutil.copyfile(place, copy)
-        elif copy.stat().st_size != place.stat().st_size:
+            _copy_whole(place, copy)
+        if not filecmp.cmp(place, copy, shallow=False):
             raise ClocError(f"two different images are called {place.name}", file=place, remedy="Rename one of them.")
         return f"images/{place.name}"
 
@@ -90,6 +94,21 @@ class JsonlWriter:
         self._file.close()
         if error is None:
             self._part.replace(self._target)
+
+
+def _copy_whole(picture: Path, copy: Path) -> None:
+    """Copy a picture so that its name never stands for half of it, and never comes to stand for another process's."""
+    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(picture, part)
+        try:
+            os.link(part, copy)
+        except FileExistsError:
+            return  # another process was faster; the caller compares
+        except OSError:
+            os.replace(part, copy)  # a file system without links
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class ParquetWriter:
@@ -108,7 +127,7 @@ class ParquetWriter:
         self._rows: list[dict[str, Any]] = []
         self._conversations: bool | None = None
         self._writer: Any = None
-        self._in_shard = 0
+        self._in_shard = self._written = 0
         self._shards: list[Path] = []
 
     def __enter__(self) -> ParquetWriter:
@@ -127,7 +146,9 @@ class ParquetWriter:
         if self._conversations not in (None, kind == "conversation"):
             raise ClocError("a Parquet file holds one kind of sample", remedy="Use a writer for each kind.")
         self._conversations = kind == "conversation"
-        row = _conversation_row(sample, folder) if self._conversations else _region_row(sample, folder)
+        with naming(sample, self._written, self.out):
+            row = _conversation_row(sample, folder) if self._conversations else _region_row(sample, folder)
+        self._written += 1
         self._rows.append(row)
         if len(self._rows) == _ROW_GROUP:
             self._flush()

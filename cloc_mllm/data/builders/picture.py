@@ -74,6 +74,11 @@ class Picture:
         wanted = words_of(without_article(phrase))
         return [number for number, said in enumerate(self._said) if any(wanted <= words for words in said)]
 
+    def named(self, phrase: str) -> list[int]:
+        """The things of which a text is the phrase and nothing more, articles aside."""
+        wanted = words_of(without_article(phrase))
+        return [number for number, said in enumerate(self._said) if wanted in said]
+
     def is_unique(self, number: int, place: int) -> bool:
         """Whether a text of a thing names it alone: as the data says, else if it fits no other thing."""
         thing = self.things[number]

@@ -135,7 +135,7 @@ def grounding(asker: Asker) -> Iterator[list[Message]]:
 
 
 def multi_object(asker: Asker) -> Iterator[list[Message]]:
-    """Every thing that a phrase fits; or, of a picture nothing has been told of, everything with its name."""
+    """Every thing that a phrase names; or, of a picture nothing has been told of, everything with its name."""
     picture = asker.picture
     phrases = _phrases_of_several(asker)
     if _can_be_listed(asker) and (not phrases or asker.draw.random() < 1 / (1 + len(phrases))):
@@ -147,15 +147,21 @@ def multi_object(asker: Asker) -> Iterator[list[Message]]:
 
 
 def _phrases_of_several(asker: Asker) -> list[tuple[str, list[int]]]:
-    """Phrases that fit two things or more, each with them, in random order."""
+    """Phrases that are said of two things or more, each with them, in random order.
+
+    A phrase whose words are in a longer text as well is left out: a striped red cube is a red cube, but a hot dog is no
+    dog, and words do not tell which is which.
+    """
     picture = asker.picture
     phrases: dict[frozenset[str], str] = {}
     for thing in picture.things:
         for text, stated in zip(thing.texts, thing.stated, strict=True):
             if not stated:
                 phrases.setdefault(frozenset(without_article(text).lower().split()), text)
-    found = [(phrase, picture.fitting(phrase)) for phrase in phrases.values()]
-    several = [(phrase, things) for phrase, things in found if len(things) > 1]
+    fitting = {phrase: picture.fitting(phrase) for phrase in phrases.values()}
+    found = [(phrase, things) for phrase, things in fitting.items() if len(things) > 1]
+    several = [(phrase, things) for phrase, things in found if picture.named(phrase) == things]
+    asker.counts["phrases_in_longer_texts_left_out"] += len(found) - len(several)
     kept = [pair for pair in several if len(pair[1]) <= asker.choices.max_boxes]
     asker.counts["phrases_of_too_many_things_left_out"] += len(several) - len(kept)
     return asker.draw.sample(kept, len(kept))
@@ -185,25 +191,25 @@ def _list_of_all(asker: Asker) -> list[Message]:
 
 
 def negatives(asker: Asker) -> Iterator[list[Message]]:
-    """Whether something is there, "yes" as likely as "no"; and where something is that is not there."""
+    """Whether something is there, "yes" as likely as "no"; and where something is that is not there.
+
+    Once "yes" cannot be the answer any more, "no" must not be either: where pictures have few names it would be the
+    better guess.
+    """
     picture, taken = asker.picture, set[str]()
     assert asker.vocabulary is not None
     present = [text for k in asker.shuffled() for text in picture.things[k].texts if is_name(text)]
     while True:
-        kind = asker.draw.choice(("is there, yes", "is there, no", "find what is absent", "find what is absent"))
-        if kind == "is there, yes":
-            here = next((text for text in present if without_article(text).lower() not in taken), None)
-            if here is None:
-                return
-            taken.add(without_article(here).lower())
-            yield asker.say(kind, here, [], None)
-            continue
+        here = next((text for text in present if without_article(text).lower() not in taken), None)
         name = asker.vocabulary.absent(picture, asker.choices.absent, taken, asker.draw)
         if name is None:
             asker.counts["pictures_out_of_absent_names"] += 1
             return
-        taken.add(name)
-        yield asker.say(kind, name, [], None)
+        kinds = ("find what is absent", "find what is absent", "is there, yes", "is there, no")
+        kind = asker.draw.choice(kinds if here is not None else kinds[:2])
+        text = here if here is not None and kind == "is there, yes" else name
+        taken.add(without_article(text).lower())
+        yield asker.say(kind, text, [], None)
 
 
 KINDS: Mapping[str, Kind] = {

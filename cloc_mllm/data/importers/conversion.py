@@ -67,6 +67,11 @@ class ConvertOptions:
     shard: int = 4096
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("shard", "workers"):
+            if getattr(self, name) < 1:
+                raise ClocError(f"{name} is {getattr(self, name)}", remedy="Give at least 1.")
+
     @classmethod
     def of(cls, args: argparse.Namespace) -> ConvertOptions:
         """Return the options that parsed arguments hold."""

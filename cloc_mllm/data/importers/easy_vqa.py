@@ -19,7 +19,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cloc_mllm.data.importers.conversations import Messages, Origin, convert_conversations, read_samples
+from cloc_mllm.data.importers.conversations import (
+    Messages,
+    Origin,
+    add_output_arguments,
+    common_options,
+    convert_conversations,
+    read_samples,
+)
 from cloc_mllm.data.importers.pictures import Pictures
 from cloc_mllm.errors import ClocError
 
@@ -40,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train and test (default: the package's)")
     parser.add_argument("--together", action="store_true", help="all questions about a picture in one conversation")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    parser.add_argument("--format", default="jsonl", choices=("jsonl", "parquet"), help="default: %(default)s")
-    parser.add_argument("--copy-images", action="store_true", help="with jsonl: copy the pictures into OUT/images")
-    parser.add_argument(
-        "--on-bad-sample", default="error", choices=("error", "skip"), help="skip: leave out, count and list it"
-    )
+    add_output_arguments(parser)
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -57,9 +60,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         _ORIGIN,
         _messages,
         read=read_pictures if args.together else read_questions,
-        file_format=args.format,
-        copy_images=args.copy_images,
-        on_bad_sample=args.on_bad_sample,
+        **common_options(args),
     )
     read, what = result["counts"]["samples_read"], ("questions", "pictures")[args.together]
     whole = SPLITS[args.split][0 if args.together else 1]

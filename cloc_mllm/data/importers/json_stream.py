@@ -57,6 +57,8 @@ class _Window:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
+            except RecursionError as error:
+                raise self.error(str(error)) from error
             except ValueError as error:
                 if not self.refill():
                     raise self.error(str(error)) from error

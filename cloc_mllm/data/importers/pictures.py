@@ -31,7 +31,8 @@ def picture_size(picture: str | Path | bytes) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError as error:
         raise ClocError("the image does not exist", file=file, remedy="Check --images, or skip it.") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        # ValueError: the name holds a character that no file's can.
         raise ClocError(
             f"the image cannot be read: {error}", file=file, remedy="Fetch it again, or skip it."
         ) from error

@@ -7,6 +7,7 @@ A list holds a sample a line: an id alone, or a JSON object with `id`, `file` (r
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -44,18 +45,25 @@ class Excluded:
     reason: str | None = None
 
 
-def excluded_sample(root: str | Path, files: SampleFiles, number: int, reason: str) -> Excluded:
-    """The line of the sample of a number."""
+def data_root(path: str | Path, files: SampleFiles) -> Path:
+    """The folder that a list names files from: the data set's, or of a file or pattern the deepest that holds all.
+
+    Args:
+        path: What was asked for.
+        files: What was found there.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(os.path.commonpath([file.parent for file in files.files]))
+
+
+def excluded_sample(root: Path, files: SampleFiles, number: int, reason: str) -> Excluded:
+    """The line of the sample of a number, its file named from `root`, as `data_root` gives it."""
     source, index = files.find(number)
     file, place = source.where(index)
     identity = source[index].get("id")
-    named = None if file is None else _relative(Path(file), root)
+    named = None if file is None else Path(file).relative_to(root).as_posix()
     return Excluded(None if identity in (None, "") else str(identity), named, place, reason)
-
-
-def _relative(file: Path, root: str | Path) -> str:
-    """A file as a list names it: relative to the data set, or its name alone where that is no folder."""
-    return file.relative_to(root).as_posix() if Path(root).is_dir() else file.name
 
 
 def write_exclusions(out: str | Path, samples: Iterable[Excluded]) -> None:
@@ -137,10 +145,8 @@ def filter_data(
     files, listed, counts = SampleFiles(path), read_exclusions(exclude), FilterCounts()
     for fault in files.faults.values():
         raise fault
-    if (
-        Path(out).resolve() in {file.parent.resolve() for file in files.files}
-        or Path(out).resolve() == Path(path).resolve()
-    ):
+    root = data_root(path, files)
+    if Path(out).resolve() in {root.resolve(), *(file.parent.resolve() for file in files.files)}:
         raise ClocError("the output is the data set itself", file=out, remedy="Choose another folder with --out.")
     places = {(entry.file, entry.place, entry.id): entry for entry in listed if entry.file is not None}
     ids = {entry.id for entry in listed if entry.file is None}
@@ -148,7 +154,7 @@ def filter_data(
     writers: dict[tuple[Path, str, str], SampleWriter] = {}
     with ExitStack() as stack, tqdm(total=len(files), unit="sample", disable=None if progress else True) as bar:
         for number in range(len(files)):
-            line = excluded_sample(path, files, number, "")
+            line = excluded_sample(root, files, number, "")
             key: Any = (line.file, line.place, line.id)
             key = key if key in places else line.id if line.id in ids else None
             counts.read += 1
@@ -158,7 +164,7 @@ def filter_data(
                 counts.left_out += 1
                 continue
             sample, folder = files.read(number)
-            target = _target(files.files[files.file_of(number)], path, Path(out), file_format)
+            target = _target(files.files[files.file_of(number)], root, Path(out), file_format)
             if target not in writers:
                 writers[target] = stack.enter_context(open_writer(target[0], target[1], target[2], copy_images))
             _write(writers[target], sample, folder, files.place(number))
@@ -167,11 +173,11 @@ def filter_data(
     return counts
 
 
-def _target(file: Path, root: str | Path, out: Path, file_format: str | None) -> tuple[Path, str, str]:
+def _target(file: Path, root: Path, out: Path, file_format: str | None) -> tuple[Path, str, str]:
     """Folder, format and name of the file that the samples of a file are written to."""
     if file_format is not None and file_format not in FORMATS:
         raise ClocError(f"unknown format '{file_format}'", remedy=f"Choose one of {', '.join(FORMATS)}.")
-    folder = out / Path(_relative(file, root)).parent
+    folder = out / file.relative_to(root).parent
     name = re.sub(r"-\d{5,}$", "", file.stem) if file.suffix in (".parquet", ".tar") else file.stem
     return folder, file_format or _FORMAT_OF[file.suffix], name
 

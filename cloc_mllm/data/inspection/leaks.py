@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cloc_mllm.data.inspection.duplicates import near_matches, require_distance
-from cloc_mllm.data.inspection.exclusion import Excluded, excluded_sample, write_exclusions
+from cloc_mllm.data.inspection.exclusion import Excluded, data_root, excluded_sample, write_exclusions
 from cloc_mllm.data.inspection.faults import SampleView
 from cloc_mllm.data.inspection.scan import SampleFiles, Scan, ScanOptions, scan
 from cloc_mllm.data.inspection.statistics import DEFAULT_DISTANCE, comparable
@@ -348,8 +348,9 @@ def write_exclude(report: LeakReport, out: str | Path) -> int:
         ClocError: It cannot be written there.
     """
     files = report.training.files
+    root = data_root(report.train, files)
     left_out: list[Excluded] = [
-        excluded_sample(report.train, files, number, reason) for number, reason in report.samples_to_leave_out().items()
+        excluded_sample(root, files, number, reason) for number, reason in report.samples_to_leave_out().items()
     ]
     write_exclusions(out, left_out)
     return len(left_out)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cloc_mllm.apps.cli import main
 from cloc_mllm.data.dataset import ConversationDataset
+from cloc_mllm.data.importers import conversations
 from cloc_mllm.data.importers.ferret import convert_ferret
 from cloc_mllm.data.importers.llava import FILES, convert_llava, from_padded_square
 from cloc_mllm.data.importers.ms_swift import convert_ms_swift
@@ -351,6 +352,68 @@ def test_a_line_that_cannot_be_read_is_one_sample(pictures: Path) -> None:
     counts = convert_llava(source, pictures, pictures.parent / "out", on_bad_sample="skip")["counts"]
     assert (counts["samples_read"], counts["samples_written"], counts["samples_skipped"]) == (3, 2, 1)
     assert "line 2" in (pictures.parent / "out" / "skipped.txt").read_text()
+
+
+def many(pictures: Path, count: int = 11) -> list[Sample]:
+    """Samples with something to count in each, of which two are bad."""
+    samples = [{**llava_samples()[k % 5], "id": str(k)} for k in range(count)]
+    return [{**sample, "image": "lost.png"} if k in (3, 6) else sample for k, sample in enumerate(samples)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_workers_and_stops_change_nothing(
+    file_format: str, suffix: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = pictures.parent / f"source{suffix}", pictures.parent
+    texts = [json.dumps(sample) for sample in many(pictures)]
+    source.write_text("\n".join(texts) if suffix == ".jsonl" else f"[{','.join(texts)}]")
+    options: dict[str, Any] = {"file_format": file_format, "on_bad_sample": "skip", "shard": 2, "boxes": "regions"}
+    whole = convert_llava(source, pictures, folder / "a", **options)
+    assert (whole["counts"]["samples_read"], whole["counts"]["samples_skipped"]) == (11, 2)
+    lines = (folder / "a" / "skipped.txt").read_text().splitlines()
+    assert ["'3 (" in lines[0], "'6 (" in lines[1], len(lines)] == [True, True, 2]
+    convert_llava(source, pictures, folder / "b", workers=2, **options)
+    assert contents(folder / "b") == contents(folder / "a")
+    real, done = conversations._write_shard, []
+
+    def stops(*args: Any) -> None:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(args)
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversations, "_write_shard", stops)
+        with pytest.raises(KeyboardInterrupt):
+            convert_llava(source, pictures, folder / "c", **options)
+    monkeypatch.setattr(conversations, "_write_shard", lambda *args: (done.append(args), real(*args)))
+    monkeypatch.setattr(conversations, "stream_items", lambda _: pytest.fail("the list was read again"))
+    convert_llava(source, pictures, folder / "c", **options)
+    assert len(done) == 6
+    assert contents(folder / "c") == contents(folder / "a")
+
+
+def test_shards_change_nothing_in_json_lines_and_never_stay_from_another_run(pictures: Path) -> None:
+    source, folder = pictures.parent / "source.json", pictures.parent
+    source.write_text(json.dumps(many(pictures)))
+    for shard in (3, 4096):
+        convert_llava(source, pictures, folder / f"of-{shard}", on_bad_sample="skip", shard=shard)
+    assert contents(folder / "of-3") == contents(folder / "of-4096")
+    with pytest.raises(ClocError, match=r"lost\.png"):
+        convert_llava(source, pictures, folder / "table", file_format="parquet", shard=1)
+    assert (folder / "table" / "conversations-00002.parquet").exists()
+    options: dict[str, Any] = {"file_format": "parquet", "on_bad_sample": "skip"}
+    convert_llava(source, pictures, folder / "table", shard=10, **options)
+    assert len(ConversationDataset(folder / "table")) == 9
+    with pytest.raises(ClocError, match="the folder holds samples already"):
+        convert_llava(source, pictures, folder / "table", shard=3, **options)
+    with pytest.raises(ClocError, match="shard is 0"):
+        convert_llava(source, pictures, folder / "none", shard=0)
 
 
 @pytest.mark.parametrize(

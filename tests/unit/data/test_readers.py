@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloc_mllm.data import readers, writers
+from cloc_mllm.data.importers.json_stream import stream_items
 from cloc_mllm.data.readers import InMemory, Joined, JsonLines, data_files, open_file, open_samples, resolve_image
 from cloc_mllm.data.writers import JsonlWriter, ParquetWriter, SampleWriter, open_writer
 from cloc_mllm.errors import ClocError
@@ -153,6 +154,76 @@ def test_copied_images_make_a_folder_that_can_be_moved(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "b")
     source = open_samples(tmp_path / "b")
     assert all(resolve_image(source[k]["image"], source.folder(k)).is_file() for k in range(3))
+
+
+def picture_sample(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    noise_image(*size).save(folder / "a.bmp")
+    return {"id": folder.name, "image": str(folder / "a.bmp"), "caption": "a", "regions": []}
+
+
+def test_pictures_of_one_name_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    one, two = picture_sample(tmp_path / "one", (8, 6)), picture_sample(tmp_path / "two", (6, 8))
+    same = {**picture_sample(tmp_path / "three", (8, 6)), "id": "same"}
+    content = Path(one["image"]).read_bytes()
+    Path(two["image"]).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with JsonlWriter(tmp_path / "out", copy_images=True) as writer:
+        writer.write(one)
+        writer.write(same)
+        with pytest.raises(ClocError, match=r"two/a\.bmp: sample 'two \(number 2 written\)': two different images"):
+            writer.write(two)
+    assert [file.name for file in (tmp_path / "out" / "images").iterdir()] == ["a.bmp"]
+
+
+@pytest.mark.parametrize("rival", [None, "same", "other"])
+def test_a_copy_is_whole_or_not_there(rival: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of a copy leaves nothing under its name; a process that is faster is not written over."""
+    sample, copied = picture_sample(tmp_path / "one", (8, 6)), writers.shutil.copyfile
+    content = Path(sample["image"]).read_bytes()
+    copy = tmp_path / "out" / "images" / "a.bmp"
+
+    def half(source: Path, part: Path) -> None:
+        part.write_bytes(content[:9])
+        raise KeyboardInterrupt
+
+    def faster(source: Path, part: Path) -> None:
+        copied(source, part)
+        copy.write_bytes(content if rival == "same" else b"another picture")
+
+    with JsonlWriter(tmp_path / "out", copy_images=True) as writer:
+        monkeypatch.setattr(writers.shutil, "copyfile", half if rival is None else faster)
+        if rival != "same":
+            with pytest.raises(KeyboardInterrupt if rival is None else ClocError):
+                writer.write(sample)
+            assert copy.exists() == (rival == "other")
+        if rival is None:
+            monkeypatch.setattr(writers.shutil, "copyfile", copied)
+        if rival != "other":
+            writer.write(sample)
+            assert copy.read_bytes() == content
+
+
+def test_a_copy_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    sample = picture_sample(tmp_path / "one", (8, 6))
+    monkeypatch.setattr(writers.os, "link", refused)
+    with JsonlWriter(tmp_path / "out", copy_images=True) as writer:
+        writer.write(sample)
+    assert [file.name for file in (tmp_path / "out" / "images").iterdir()] == ["a.bmp"]
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    deep = '{"id": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (tmp_path / "a.jsonl").write_text(deep)
+    with pytest.raises(ClocError, match=r"a\.jsonl: sample 'line 1': not valid JSON: maximum recursion"):
+        JsonLines(tmp_path / "a.jsonl")[0]
+    (tmp_path / "a.json").write_text(f"[{deep}]")
+    with pytest.raises(ClocError, match=r"a\.json: not valid JSON: maximum recursion"):
+        open_file(tmp_path / "a.json")
+    with pytest.raises(ClocError, match=r"a\.json: not valid JSON near character"):
+        list(stream_items(tmp_path / "a.json"))
 
 
 def test_a_stopped_writer_leaves_no_finished_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from cloc_mllm.data.importers.conversion import ConvertOptions, convert
 from cloc_mllm.data.importers.flickr30k_entities import read_sentence
 from cloc_mllm.data.importers.grit import GritSource
 from cloc_mllm.data.importers.open_images import OpenImagesSource
+from cloc_mllm.data.importers.pictures import picture_size
 from cloc_mllm.data.importers.refcoco import read_refs
 from cloc_mllm.data.importers.visual_genome import VisualGenomeSource
 from cloc_mllm.data.inspection.check import check_data
@@ -433,6 +434,17 @@ def test_stopped_and_gone_on_is_as_never_stopped(
     assert len(written) == 6
     assert again == whole
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("change", [{"shard": 0}, {"shard": -1}, {"workers": 0}])
+def test_options_that_make_no_sense(change: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ClocError, match=r"(shard|workers) is (0|-1)"):
+        ConvertOptions(tmp_path, tmp_path / "out", **change)  # type: ignore[arg-type]
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(ClocError, match="the image cannot be read: embedded null byte"):
+        picture_size("a\0.png")
 
 
 def test_several_processes_write_the_same(tmp_path: Path) -> None:

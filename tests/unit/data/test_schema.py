@@ -96,6 +96,8 @@ def test_sound_samples_pass() -> None:
         ({"regions": [{"box": [1, 2, 3, 4], "text": " "}]}, "empty text: the text of region 0 is blank"),
         ({"regions": [{"box": [1, 2, 3, 4]}]}, "the text of region 0 is missing"),
         ({"regions": [{"box": [1, 2, 3, 4], "text": "a", "score": "high"}]}, "the score of region 0"),
+        ({"regions": [{"box": [1, 2, 3, 4], "text": "a", "unique": "yes"}]}, "'unique' of region 0 is 'yes', not true"),
+        ({"regions": [{"box": [1, 2, 3, 4], "text": "a", "unique": 1}]}, "'unique' of region 0 is 1, not true"),
         ({"regions": [{"box": [1, 2, 3, 4], "text": "a", "bbox": []}]}, "unknown key 'bbox' in region 0"),
         ({"regions": [{"box": [1, 2, 3], "text": "a"}]}, "region 0's box [1, 2, 3] is not a list of 4 numbers"),
         ({"capton": "a"}, "unknown key 'capton'"),

@@ -112,9 +112,27 @@ def test_bytes_are_named_by_what_they_are(tmp_path: Path) -> None:
         assert archive.getnames() == ["000000000.jpg", "000000000.json"]
     with pytest.raises(ClocError, match="no picture"), open_writer(tmp_path / "b", "webdataset") as writer:
         writer.write({"image": b"nothing", "caption": "a", "regions": []})
+    (tmp_path / "notes.txt").write_text("no picture")
+    with (
+        pytest.raises(ClocError, match=r"notes\.txt: sample 'x \(number 0 written\)': an image is no picture"),
+        open_writer(tmp_path / "b", "webdataset") as writer,
+    ):
+        writer.write({"id": "x", "image": tmp_path / "notes.txt", "caption": "a", "regions": []})
     assert not list((tmp_path / "b").glob("*.tar")), "a stopped writer leaves no finished shard"
     with pytest.raises(ClocError, match="hold region-text samples"), open_writer(tmp_path, "webdataset") as writer:
         writer.write({"messages": []})
+
+
+def test_a_phones_picture_is_a_jpeg(tmp_path: Path) -> None:
+    """MPO: a JPEG with a second one behind it."""
+    first, second = noise_image(8, 6), noise_image(6, 8)
+    first.save(tmp_path / "phone.mpo", format="MPO", save_all=True, append_images=[second])
+    with open_writer(tmp_path / "out", "webdataset") as writer:
+        writer.write({"image": tmp_path / "phone.mpo", "caption": "a", "regions": []})
+        writer.write({"image": (tmp_path / "phone.mpo").read_bytes(), "caption": "a", "regions": []})
+    with tarfile.open(tmp_path / "out" / "regions-00000.tar") as archive:
+        assert archive.getnames()[::2] == ["000000000.jpg", "000000001.jpg"]
+    assert check_data(tmp_path / "out", progress=False).faults == []
 
 
 def test_an_index_is_written_once_and_refused_where_it_does_not_fit(

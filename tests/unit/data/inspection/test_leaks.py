@@ -12,8 +12,16 @@ from PIL import Image, ImageOps
 
 from cloc_mllm.apps.cli import main
 from cloc_mllm.data.inspection.check import check_data
-from cloc_mllm.data.inspection.exclusion import Excluded, filter_data, read_exclusions, write_exclusions
+from cloc_mllm.data.inspection.exclusion import (
+    Excluded,
+    data_root,
+    excluded_sample,
+    filter_data,
+    read_exclusions,
+    write_exclusions,
+)
 from cloc_mllm.data.inspection.leaks import KINDS, LeakOptions, find_leaks, write_exclude
+from cloc_mllm.data.inspection.scan import SampleFiles
 from cloc_mllm.data.readers import open_samples
 from cloc_mllm.data.writers import open_writer
 from cloc_mllm.errors import ClocError
@@ -183,6 +191,29 @@ def test_a_list_of_ids_and_its_places(tmp_path: Path, capsys: pytest.CaptureFixt
     assert check_data(tmp_path / "out", progress=False).faults == []
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_files_of_one_name_that_a_pattern_finds_stay_apart(file_format: str, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        samples = region_samples(tmp_path / "set" / split, 3)
+        with open_writer(tmp_path / "set" / split, file_format) as writer:
+            for sample in samples:
+                writer.write(sample, tmp_path / "set" / split)
+    (name,) = {file.name for file in (tmp_path / "set").glob(f"*/*.{file_format}")}
+    pattern, place = f"{tmp_path}/set/*/{name}", "row 1" if file_format == "parquet" else "line 2"
+    files = SampleFiles(pattern)
+    root = data_root(pattern, files)
+    assert excluded_sample(root, files, 4, "") == Excluded("s1", f"train/{name}", place, "")
+    write_exclusions(tmp_path / "list", [excluded_sample(root, files, 4, "")])
+    counts = filter_data(pattern, tmp_path / "list", tmp_path / "out", progress=False)
+    assert (counts.read, counts.left_out, counts.written, counts.unmatched) == (6, 1, 5, 0)
+    for split, left in (("train", ["s0", "s2"]), ("test", ["s0", "s1", "s2"])):
+        source = open_samples(tmp_path / "out" / split / name)
+        assert [source[k]["id"] for k in range(len(source))] == left
+    # The files would be written over those that are read.
+    with pytest.raises(ClocError, match="the output is the data set itself"):
+        filter_data(pattern, tmp_path / "list", tmp_path / "set", progress=False)
 
 
 @pytest.mark.parametrize(
