@@ -23,7 +23,7 @@ from cloc_mllm.data.schema import SAMPLE_KEYS, Size, kind_of, raise_first, regio
 from cloc_mllm.data.shards import SampleBlock, ShardReader, open_shard
 from cloc_mllm.data.tar_shards import IMAGE_ENDINGS
 from cloc_mllm.errors import ClocError
-from cloc_mllm.labeling.files import atomic_writer
+from cloc_mllm.labeling.files import atomic_writer, process_tag
 
 _AT_ONCE = 32
 """Encoded samples held at a time."""
@@ -68,7 +68,7 @@ def plan_source(source: str, state: Path) -> SourcePlan:
         ClocError: There are no samples, or a file cannot be read.
     """
     if _holds_pictures(source):
-        plan = _list_pictures(source, state / "pictures.jsonl")
+        plan = _list_pictures(source, state)
     else:
         files = tuple(shard_files(source))
         digest, counts = hashlib.sha256(), []
@@ -109,30 +109,37 @@ def _holds_pictures(source: str) -> bool:
     return not any(name.endswith((".jsonl", ".parquet", ".tar")) for name in names)
 
 
-def _list_pictures(source: str, target: Path) -> SourcePlan:
-    """Write the list of all pictures, sorted folder by folder, and count what is none."""
-    digest, found, ignored = hashlib.sha256(), 0, 0
+def _list_pictures(source: str, state: Path) -> SourcePlan:
+    """Write the list of all pictures, sorted folder by folder, and count what is none.
+
+    A list is named by a hash of what it says: planning another source, which may yet be refused, does not touch the
+    list that a run at work reads.
+    """
+    digest, content, found, ignored = hashlib.sha256(), hashlib.sha256(), 0, 0
     names: Iterator[tuple[str, bool]]
     if is_glob(source):
         from cloc_mllm.data.files import glob_files
 
         root, names = "", iter((os.path.abspath(file), True) for file in glob_files(source))
     elif os.path.isdir(source):
-        root, names = os.path.abspath(source), _walk(source, target.parent.parent)
+        root, names = os.path.abspath(source), _walk(source, state.parent)
     else:
         ByteFile(source)  # says what is wrong if there is no such file
         root, names = os.path.dirname(os.path.abspath(source)), iter([(os.path.basename(source), True)])
-    with atomic_writer(target) as file:
+    unnamed = state / f"pictures-{process_tag()}.part"
+    with atomic_writer(unnamed) as file:
         for name, wanted in names:
             ignored += not wanted
             if not wanted:
                 continue
             path = os.path.join(root, name)
             shown = name if root else os.path.basename(name)
-            record = {"id": shown.replace(os.sep, "/"), "image": path}
-            file.write(json.dumps(record).encode() + b"\n")
+            line = json.dumps({"id": shown.replace(os.sep, "/"), "image": path}).encode() + b"\n"
+            file.write(line)
+            content.update(line)
             digest.update(f"{shown}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
             found += 1
+    target = unnamed.replace(state / f"pictures-{content.hexdigest()[:16]}.jsonl")
     return SourcePlan(source, (str(target),), (found,), digest.hexdigest(), True, ignored)
 
 
