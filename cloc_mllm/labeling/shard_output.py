@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cloc_mllm.data.readers import Sample
 from cloc_mllm.data.schema import raise_first, region_text_problems
+from cloc_mllm.data.tar_shards import INDEX_ENDING
 from cloc_mllm.data.writers import JsonlWriter, SampleWriter, open_writer
 from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.files import STATE, Record, process_tag, put_in_place, write_json
@@ -36,23 +37,28 @@ def done_marker(state: Path, shard: int) -> Path:
     return state / "done" / f"{shard:05d}.json"
 
 
-def read_marker(marker: Path) -> Record | None:
-    """What a marker says; None if there is none, or it is damaged."""
+def read_marker(marker: Path, out: Path) -> Record | None:
+    """What a marker says; None if there is none, it is damaged, or a file of its shard is not there in full."""
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) and "key" in found else None
+    if not isinstance(found, dict) or "key" not in found:
+        return None
+    files = [(out / name, size) for name, size in found["files"].items()]
+    return found if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
 def is_done(marker: Path, key: str, out: Path) -> bool:
     """Whether a shard is there as it would be written now: by these stages and options, all its files in full."""
-    found = read_marker(marker)
-    return (
-        found is not None
-        and found["key"] == key
-        and all((out / name).is_file() and (out / name).stat().st_size == size for name, size in found["files"].items())
-    )
+    found = read_marker(marker, out)
+    return found is not None and found["key"] == key
+
+
+def shard_paths(out: Path) -> list[Path]:
+    """Every file of a shard in a folder that is ours alone, whether a marker tells of it or not."""
+    patterns = ("regions-*.parquet", "regions-*.tar", f"regions-*.tar{INDEX_ENDING}", f"{STATE}/lines/*.jsonl")
+    return [path for pattern in patterns for path in sorted(out.glob(pattern))]
 
 
 def write_shard(
