@@ -127,7 +127,7 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _is_last(job: Job, locks: Locks) -> bool:
-    """Whether all shards are there and no other part is at work: each lets go, then asks, so that the last one knows."""
+    """Whether all shards are there and no other part at work: each lets go, then asks, so that the last one knows."""
     locks.release()
     locks.take("door", wait=True)
     out = Path(job.config.out)

@@ -23,7 +23,7 @@ from cloc_mllm.data.schema import SAMPLE_KEYS, Size, kind_of, raise_first, regio
 from cloc_mllm.data.shards import SampleBlock, ShardReader, open_shard
 from cloc_mllm.data.tar_shards import IMAGE_ENDINGS
 from cloc_mllm.errors import ClocError
-from cloc_mllm.labeling.files import atomic_writer, process_tag
+from cloc_mllm.labeling.files import Record, atomic_writer, process_tag
 
 _AT_ONCE = 32
 """Encoded samples held at a time."""
@@ -173,7 +173,8 @@ class RawSample:
 
     Attributes:
         number: Its place in the source, from 0.
-        sample: As read, with `caption` and `captions` cleaned and checked; None if it could not be read.
+        sample: As read, with `caption` and `captions` cleaned and checked, `id` and `source` cleaned; None if it could
+            not be read.
         problem: Why not.
         file: Where it stands, for messages.
         name: What to call it, for messages.
@@ -206,6 +207,24 @@ class RawSample:
         sample = self.checked()
         known = {key: value for key, value in sample.items() if key in SAMPLE_KEYS and key != "captions"}
         raise_first(region_text_problems({"regions": [], **known, "caption": "-"}, size), self.file, self.name)
+        try:
+            json.dumps(sample.get("regions"), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            problem, remedy = "a region holds half a surrogate pair", "Mend it, or leave the sample out."
+            raise ClocError(problem, file=self.file, sample=self.name, remedy=remedy) from None
+
+
+def refused(raw: RawSample, error: ClocError) -> Record:
+    """The record of a sample that cannot be labelled."""
+    where = {"file": error.file or raw.file, "sample": error.sample or raw.name}
+    return {"n": raw.number, "problem": {"problem": error.problem, "remedy": error.remedy, **where}}
+
+
+def problem_of(record: Record) -> ClocError:
+    """The error that a record of a refused sample stands for."""
+    found = record["problem"]
+    remedy = " ".join(filter(None, [found["remedy"], "(--on-bad-sample skip leaves such samples out and lists them.)"]))
+    return ClocError(found["problem"], file=found["file"], sample=found["sample"], remedy=remedy)
 
 
 class SourceReader:
@@ -282,6 +301,8 @@ def _with_clean_texts(sample: Mapping[str, Any], file: str | None, name: str) ->
         raise ClocError("the name of the picture is not UTF-8", file=file, sample=name, remedy=remedy)
     if "id" in sample:
         cleaned["id"] = clean_text(identity)
+    if isinstance(sample.get("source"), str):
+        cleaned["source"] = clean_text(sample["source"])
     for key in ("caption", "captions"):
         value = sample.get(key)
         texts = [value] if key == "caption" and value is not None else value or []
