@@ -40,7 +40,7 @@ class SourcePlan:
         fingerprint: Hash of the files' names and sizes, of JSON also of what it says; of a folder of pictures, of
             theirs.
         pictures: Whether it is pictures as such.
-        ignored: Files of a folder of pictures that are none, or hidden.
+        ignored: Files of a folder of pictures that are none, or hidden, or in a hidden folder.
     """
 
     name: str
@@ -120,7 +120,9 @@ def _list_pictures(source: str, state: Path) -> SourcePlan:
     if is_glob(source):
         from cloc_mllm.data.files import glob_files
 
-        root, names = "", iter((os.path.abspath(file), True) for file in glob_files(source))
+        files = [os.path.abspath(file) for file in glob_files(source)]
+        root = os.path.commonpath([os.path.dirname(file) for file in files])
+        names = iter((os.path.relpath(file, root), True) for file in files)
     elif os.path.isdir(source):
         root, names = os.path.abspath(source), _walk(source, state.parent)
     else:
@@ -133,11 +135,10 @@ def _list_pictures(source: str, state: Path) -> SourcePlan:
             if not wanted:
                 continue
             path = os.path.join(root, name)
-            shown = name if root else os.path.basename(name)
-            line = json.dumps({"id": shown.replace(os.sep, "/"), "image": path}).encode() + b"\n"
+            line = json.dumps({"id": name.replace(os.sep, "/"), "image": path}).encode() + b"\n"
             file.write(line)
             content.update(line)
-            digest.update(f"{shown}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
             found += 1
     target = unnamed.replace(state / f"pictures-{content.hexdigest()[:16]}.jsonl")
     return SourcePlan(source, (str(target),), (found,), digest.hexdigest(), True, ignored)
@@ -154,17 +155,31 @@ def _size(path: str) -> int:
 def _walk(folder: str, out: Path) -> Iterator[tuple[str, bool]]:
     """Every file below a folder in a fixed order, by its relative path, and whether it is a picture to be labelled.
 
-    What lies in the output folder is passed over.
+    Links to folders are followed, and no folder is listed twice, so that they may lead in circles. What lies in the
+    output folder is passed over, what is hidden or in a hidden folder is counted.
     """
 
     def refuse(error: OSError) -> None:
         raise ClocError(f"cannot be listed: {error.strerror}", file=error.filename, remedy="Make it readable.")
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n).absolute() != out)
+    listed = {_identity(place) for place in (folder, out) if os.path.isdir(place)}
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        found = {name: _identity(os.path.join(place, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, identity in found.items():
+            if identity not in listed:
+                listed.add(identity)
+                folders.append(name)
         for name in sorted(names):
             relative = os.path.relpath(os.path.join(place, name), folder)
-            yield relative, _is_picture(name) and not name.startswith(".")
+            hidden = any(part.startswith(".") for part in relative.split(os.sep))
+            yield relative, _is_picture(name) and not hidden
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Of a folder, by whatever name: its device and its number there."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True)
