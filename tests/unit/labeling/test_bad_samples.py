@@ -15,6 +15,7 @@ from PIL import Image
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.config import LabelConfig
+from cloc_mllm.labeling.detectors.common import process_images
 from cloc_mllm.labeling.pipeline import label
 from cloc_mllm.labeling.stages import Detection, StageError
 from tests.builders import noise_image
@@ -217,3 +218,11 @@ def test_a_picture_that_the_writer_refuses(pictures: Path, tmp_path: Path) -> No
     assert [sample["id"] for sample in labelled(out)] == ["0", "1", "3", "4"]
     with pytest.raises(ClocError, match="shards do not hold ppm images"):
         label(small_config(tmp_path / "0.tar", out, *asked), progress=False)
+
+
+def test_a_package_that_is_missing_is_no_samples_fault() -> None:
+    def processor(**options: Any) -> None:
+        raise ImportError("torchvision")
+
+    with pytest.raises(StageError, match="needs more packages: torchvision"):
+        process_images(processor, [noise_image()])
