@@ -20,9 +20,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.stage_options import StageOptions
+from cloc_mllm.labeling.stages import StageError
 
 API_KEY = "OPENAI_API_KEY"
 _MAY_PASS = frozenset({408, 409, 425, 429})
+_OF_THE_REQUEST = frozenset({400, 413, 415, 422})
 _LONGEST_PAUSE = 60.0
 
 Messages = list[dict[str, Any]]
@@ -82,7 +84,9 @@ class ChatEndpoint:
             The answers, stripped; an empty one where the model said nothing.
 
         Raises:
-            ClocError: A question was refused, or not answered in all tries. It names what the question is about.
+            StageError: A question was not answered in all tries, or the endpoint answers to none (401, 404 and the
+                like). It names what the question is about.
+            ClocError: One question was refused for what is in it (400, 413, 415, 422), or its answer is none.
         """
         stop = threading.Event()
         with ThreadPoolExecutor(self.options.concurrency) as pool:
@@ -133,7 +137,8 @@ class ChatEndpoint:
     def _refused(self, problem: str, name: str, code: int | None = None) -> ClocError:
         key = "Check the key." if self._key else f"Set the environment variable {API_KEY}."
         remedy = key if code in (401, 403) else None
-        return ClocError(f"the endpoint {problem}", file=self.url, sample=name, remedy=remedy)
+        kind = ClocError if code in _OF_THE_REQUEST else StageError
+        return kind(f"the endpoint {problem}", file=self.url, sample=name, remedy=remedy)
 
 
 def _text_of(content: bytes, url: str, name: str) -> str:

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.filtering import FilterOptions
+from cloc_mllm.yaml_files import parse_yaml
 
+_STAGES = ("captioner", "phrases", "detector")
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -87,7 +89,7 @@ class LabelConfig(_Block):
         if not isinstance(tree, dict):
             return tree
         tree = dict(tree)
-        for name in ("captioner", "phrases", "detector"):
+        for name in _STAGES:
             value = tree.get(name)
             if isinstance(value, str):
                 value = {"stage": value}
@@ -110,7 +112,7 @@ class LabelConfig(_Block):
             mode="json",
             exclude={"out", "engine", "workers", "devices", "threads", "ray_address", "overwrite", "on_bad_sample"},
         )
-        for name in ("captioner", "phrases", "detector"):
+        for name in _STAGES:
             tree[name] = {key: tree[name][key] for key in ("stage", "options")}
         return tree
 
@@ -119,6 +121,8 @@ def load_label_config(
     path: str | Path | None, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> LabelConfig:
     """Read a preset, put what the command line gives over it, check everything.
+
+    Where the command line names another stage than the preset, the preset's options of its stage do not go with it.
 
     Args:
         path: YAML file; None starts from the defaults. Paths inside it are relative to the working directory.
@@ -129,17 +133,19 @@ def load_label_config(
         ClocError: File unreadable or not YAML, unknown key, wrong value.
     """
     tree = {} if path is None else _read_yaml(Path(path))
-    for key, value in (given or {}).items():
-        if value is not None:
-            _set(tree, key, value)
+    pairs = [(key, value) for key, value in (given or {}).items() if value is not None]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ClocError(f"cannot read the override '{override}'", remedy="Write key=value, as in filter.score=0.2.")
         try:
-            _set(tree, key, yaml.safe_load(text))
+            pairs.append((key, parse_yaml(text)))
         except yaml.YAMLError:
             raise ClocError(f"the value of the override '{override}' is not valid YAML") from None
+    for name in _STAGES:
+        _drop_options_of_another(tree, name, dict(pairs).get(f"{name}.stage"))
+    for key, value in pairs:
+        _set(tree, key, value)
     try:
         return LabelConfig.model_validate(tree)
     except ValidationError as error:
@@ -148,7 +154,7 @@ def load_label_config(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = f"cannot be read as YAML: {' '.join(str(error).split())}"
         raise ClocError(problem, file=path, remedy="scripts/labeling/vesl.yaml is one that can.") from None
@@ -157,12 +163,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _drop_options_of_another(tree: dict[str, Any], name: str, asked: Any) -> None:
+    """Take out of a preset what a stage is told if another one is asked for; another model of it is no other stage."""
+    block = tree.get(name)
+    if asked is not None and isinstance(block, dict):
+        before = block.get("stage", LabelConfig.model_fields[name].default.stage)
+        if str(before).partition(":")[0] != str(asked).partition(":")[0]:
+            tree[name] = {key: value for key, value in block.items() if key != "options"}
+
+
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key in place."""
     *parents, last = key.split(".")
     for parent in parents:
         child = tree.get(parent)
-        if isinstance(child, str) and parent in ("captioner", "phrases", "detector"):
+        if isinstance(child, str) and parent in _STAGES:
             child = {"stage": child}
         if child is not None and not isinstance(child, dict):
             raise ClocError(f"'{parent}' is a value, so '{key}' cannot be set")

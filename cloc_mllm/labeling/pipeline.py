@@ -23,7 +23,7 @@ from cloc_mllm.labeling.config import LabelConfig
 from cloc_mllm.labeling.engines.local import run_local
 from cloc_mllm.labeling.files import STATE, Locks, Record, atomic_writer, is_leftover, write_json
 from cloc_mllm.labeling.report import write_reports
-from cloc_mllm.labeling.shard_output import done_marker, read_marker
+from cloc_mllm.labeling.shard_output import done_marker, read_marker, shard_paths
 from cloc_mllm.labeling.sources import plan_source
 from cloc_mllm.labeling.statistics import LabelStatistics
 from cloc_mllm.labeling.steps import STEPS, Job
@@ -127,25 +127,26 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _is_last(job: Job, locks: Locks) -> bool:
-    """Whether all shards are done and no other part is at work: each lets go, then asks, so that the last one knows."""
+    """Whether all shards are there and no other part at work: each lets go, then asks, so that the last one knows."""
     locks.release()
     locks.take("door", wait=True)
+    out = Path(job.config.out)
     return locks.take("run") and all(
-        read_marker(done_marker(job.state, shard)) is not None for shard in range(job.shards)
+        read_marker(done_marker(job.state, shard), out) is not None for shard in range(job.shards)
     )
 
 
 def _clear(job: Job, out: Path) -> None:
-    """Remove labels of other options: shards and markers, not what the stages have answered."""
+    """Remove labels of other options: shards and markers, not what the stages have answered.
+
+    A run that was killed between a shard and its marker leaves a shard that no marker tells of: all go.
+    """
     if (out / "dataset.json").exists() and not job.config.overwrite:
         remedy = "Choose another --out; or --overwrite, which uses again what its stages have answered where it can."
         raise ClocError("the folder holds a finished set of other options or another source", file=out, remedy=remedy)
-    for name in _WRITTEN:
-        (out / name).unlink(missing_ok=True)
-    for marker in sorted((job.state / "done").glob("*.json")):
-        for name in (read_marker(marker) or {}).get("files", ()):
-            (out / name).unlink(missing_ok=True)
-        marker.unlink()
+    lists = [path for path in job.state.glob("pictures*.jsonl") if str(path) not in job.plan.files]
+    for path in [*(out / name for name in _WRITTEN), *(job.state / "done").glob("*.json"), *shard_paths(out), *lists]:
+        path.unlink(missing_ok=True)
 
 
 # -- when all shards are there ----------------------------------------------------------------------------------------
@@ -154,10 +155,11 @@ def _clear(job: Job, out: Path) -> None:
 def _markers(job: Job) -> Iterator[Record]:
     """What is known of each shard, in order."""
     for shard in range(job.shards):
-        marker = read_marker(done_marker(job.state, shard))
+        marker = read_marker(done_marker(job.state, shard), Path(job.config.out))
         if marker is None:
             remedy = "Run the part that it belongs to (again)."
-            raise ClocError(f"shard {shard} of {job.shards} is not done", file=job.config.out, remedy=remedy)
+            problem = f"shard {shard} of {job.shards} is not done, or its files are not there in full"
+            raise ClocError(problem, file=job.config.out, remedy=remedy)
         yield marker
 
 
@@ -184,6 +186,10 @@ def _finish(job: Job) -> dict[str, Any]:
                 error = ClocError(**problem)
                 skipped.write(f"{error}\n".encode())
                 examples += [str(error)] if len(examples) < 20 else []
+    for path in shard_paths(out):
+        if path.relative_to(out).as_posix() not in files:
+            remedy = "Remove it, and give the same command again: its samples would count twice."
+            raise ClocError("is a shard that this labelling has not written", file=path, remedy=remedy)
     if not counts["samples_written"]:
         raise ClocError("no sample could be labelled", file=out / "skipped.txt", remedy="It lists why.")
     if not counts["samples_read"] == counts["samples_written"] + counts["samples_skipped"] == job.plan.total:

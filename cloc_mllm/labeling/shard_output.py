@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from cloc_mllm.data.readers import Sample
 from cloc_mllm.data.schema import raise_first, region_text_problems
+from cloc_mllm.data.tar_shards import INDEX_ENDING
 from cloc_mllm.data.writers import JsonlWriter, SampleWriter, open_writer
 from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.files import STATE, Record, process_tag, put_in_place, write_json
 from cloc_mllm.labeling.filtering import filter_detections
-from cloc_mllm.labeling.sources import RawSample
+from cloc_mllm.labeling.sources import RawSample, problem_of, refused
 from cloc_mllm.labeling.stages import Detection
 from cloc_mllm.labeling.statistics import LabelStatistics
 
@@ -36,23 +37,22 @@ def done_marker(state: Path, shard: int) -> Path:
     return state / "done" / f"{shard:05d}.json"
 
 
-def read_marker(marker: Path) -> Record | None:
-    """What a marker says; None if there is none, or it is damaged."""
+def read_marker(marker: Path, out: Path) -> Record | None:
+    """What a marker says; None if there is none, it is damaged, or a file of its shard is not there in full."""
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) and "key" in found else None
+    if not isinstance(found, dict) or "key" not in found:
+        return None
+    files = [(out / name, size) for name, size in found["files"].items()]
+    return found if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
-def is_done(marker: Path, key: str, out: Path) -> bool:
-    """Whether a shard is there as it would be written now: by these stages and options, all its files in full."""
-    found = read_marker(marker)
-    return (
-        found is not None
-        and found["key"] == key
-        and all((out / name).is_file() and (out / name).stat().st_size == size for name, size in found["files"].items())
-    )
+def shard_paths(out: Path) -> list[Path]:
+    """Every file of a shard in a folder that is ours alone, whether a marker tells of it or not."""
+    patterns = ("regions-*.parquet", "regions-*.tar", f"regions-*.tar{INDEX_ENDING}", f"{STATE}/lines/*.jsonl")
+    return [path for pattern in patterns for path in sorted(out.glob(pattern))]
 
 
 def write_shard(
@@ -71,10 +71,11 @@ def write_shard(
         keys: Of all steps.
         inputs: What is to be written, in order.
         facts: What the steps before say of their work: `seconds`, `samples`, and what a detector counted as `tally`.
-        refusals: Records of the samples that are left out.
+        refusals: Records of the samples that the steps before have left out.
 
     Raises:
-        ClocError: It cannot be written, or a stage has left what is no region-text sample.
+        ClocError: A sample cannot be written, or a stage has left what is no region-text sample, and `on_bad_sample` is
+            "error".
     """
     start = time.perf_counter()
     marker = done_marker(job.state, shard)
@@ -84,14 +85,22 @@ def write_shard(
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     statistics = LabelStatistics()
-    config = job.config
+    config, refusals = job.config, list(refusals)
     with _writer(job, shard, piece) as writer:
         for raw, size, captions, found in inputs:
-            kept, reasons = filter_detections(found, size, config.filter)
+            try:
+                kept, reasons = filter_detections(found, size, config.filter)
+                sample = _sample(raw, size, captions, kept, keep=config.regions == "keep")
+                raise_first(region_text_problems(sample, size), raw.file, raw.name)
+                writer.write({**sample, "image": raw.stored()})
+            except ClocError as error:  # a writer raises it before it has written anything of the sample
+                refusals.append(refused(raw, error))
+                if config.on_bad_sample == "error":
+                    raise problem_of(refusals[-1]) from error
+                continue
+            except ValueError as error:
+                raise ClocError(f"cannot be written: {error}", file=raw.file, sample=raw.name) from error
             dropped.update(reasons)
-            sample = _sample(raw, size, captions, kept, keep=config.regions == "keep")
-            raise_first(region_text_problems(sample, size), raw.file, raw.name)
-            writer.write({**sample, "image": raw.stored()})
             counts.update(samples_written=1, detections=len(found), regions_written=len(sample["regions"]))
             counts["regions_of_the_source"] += len(sample["regions"]) - len(kept)
             statistics.add(sample)
@@ -113,7 +122,7 @@ def write_shard(
             "seconds": {**seconds, "shards": round(time.perf_counter() - start, 4)},
             "samples": {**samples, "shards": counts["samples_written"]},
             "phrases": facts["detections"].get("tally", {}),
-            "skipped": [record["problem"] for record in refusals],
+            "skipped": [record["problem"] for record in sorted(refusals, key=lambda record: record["n"])],
             "statistics": statistics.to_dict(),
         },
     )

@@ -23,7 +23,7 @@ from cloc_mllm.data.schema import SAMPLE_KEYS, Size, kind_of, raise_first, regio
 from cloc_mllm.data.shards import SampleBlock, ShardReader, open_shard
 from cloc_mllm.data.tar_shards import IMAGE_ENDINGS
 from cloc_mllm.errors import ClocError
-from cloc_mllm.labeling.files import atomic_writer
+from cloc_mllm.labeling.files import Record, atomic_writer, process_tag
 
 _AT_ONCE = 32
 """Encoded samples held at a time."""
@@ -40,7 +40,7 @@ class SourcePlan:
         fingerprint: Hash of the files' names and sizes, of JSON also of what it says; of a folder of pictures, of
             theirs.
         pictures: Whether it is pictures as such.
-        ignored: Files of a folder of pictures that are none, or hidden.
+        ignored: Files of a folder of pictures that are none, or hidden, or in a hidden folder.
     """
 
     name: str
@@ -68,7 +68,7 @@ def plan_source(source: str, state: Path) -> SourcePlan:
         ClocError: There are no samples, or a file cannot be read.
     """
     if _holds_pictures(source):
-        plan = _list_pictures(source, state / "pictures.jsonl")
+        plan = _list_pictures(source, state)
     else:
         files = tuple(shard_files(source))
         digest, counts = hashlib.sha256(), []
@@ -109,30 +109,38 @@ def _holds_pictures(source: str) -> bool:
     return not any(name.endswith((".jsonl", ".parquet", ".tar")) for name in names)
 
 
-def _list_pictures(source: str, target: Path) -> SourcePlan:
-    """Write the list of all pictures, sorted folder by folder, and count what is none."""
-    digest, found, ignored = hashlib.sha256(), 0, 0
+def _list_pictures(source: str, state: Path) -> SourcePlan:
+    """Write the list of all pictures, sorted folder by folder, and count what is none.
+
+    A list is named by a hash of what it says: planning another source, which may yet be refused, does not touch the
+    list that a run at work reads.
+    """
+    digest, content, found, ignored = hashlib.sha256(), hashlib.sha256(), 0, 0
     names: Iterator[tuple[str, bool]]
     if is_glob(source):
         from cloc_mllm.data.files import glob_files
 
-        root, names = "", iter((os.path.abspath(file), True) for file in glob_files(source))
+        files = [os.path.abspath(file) for file in glob_files(source)]
+        root = os.path.commonpath([os.path.dirname(file) for file in files])
+        names = iter((os.path.relpath(file, root), True) for file in files)
     elif os.path.isdir(source):
-        root, names = os.path.abspath(source), _walk(source, target.parent.parent)
+        root, names = os.path.abspath(source), _walk(source, state.parent)
     else:
         ByteFile(source)  # says what is wrong if there is no such file
         root, names = os.path.dirname(os.path.abspath(source)), iter([(os.path.basename(source), True)])
-    with atomic_writer(target) as file:
+    unnamed = state / f"pictures-{process_tag()}.part"
+    with atomic_writer(unnamed) as file:
         for name, wanted in names:
             ignored += not wanted
             if not wanted:
                 continue
             path = os.path.join(root, name)
-            shown = name if root else os.path.basename(name)
-            record = {"id": shown.replace(os.sep, "/"), "image": path}
-            file.write(json.dumps(record).encode() + b"\n")
-            digest.update(f"{shown}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
+            line = json.dumps({"id": name.replace(os.sep, "/"), "image": path}).encode() + b"\n"
+            file.write(line)
+            content.update(line)
+            digest.update(f"{name}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
             found += 1
+    target = unnamed.replace(state / f"pictures-{content.hexdigest()[:16]}.jsonl")
     return SourcePlan(source, (str(target),), (found,), digest.hexdigest(), True, ignored)
 
 
@@ -147,17 +155,31 @@ def _size(path: str) -> int:
 def _walk(folder: str, out: Path) -> Iterator[tuple[str, bool]]:
     """Every file below a folder in a fixed order, by its relative path, and whether it is a picture to be labelled.
 
-    What lies in the output folder is passed over.
+    Links to folders are followed, and no folder is listed twice, so that they may lead in circles. What lies in the
+    output folder is passed over, what is hidden or in a hidden folder is counted.
     """
 
     def refuse(error: OSError) -> None:
         raise ClocError(f"cannot be listed: {error.strerror}", file=error.filename, remedy="Make it readable.")
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n).absolute() != out)
+    listed = {_identity(place) for place in (folder, out) if os.path.isdir(place)}
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        found = {name: _identity(os.path.join(place, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, identity in found.items():
+            if identity not in listed:
+                listed.add(identity)
+                folders.append(name)
         for name in sorted(names):
             relative = os.path.relpath(os.path.join(place, name), folder)
-            yield relative, _is_picture(name) and not name.startswith(".")
+            hidden = any(part.startswith(".") for part in relative.split(os.sep))
+            yield relative, _is_picture(name) and not hidden
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Of a folder, by whatever name: its device and its number there."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True)
@@ -166,7 +188,8 @@ class RawSample:
 
     Attributes:
         number: Its place in the source, from 0.
-        sample: As read, with `caption` and `captions` cleaned and checked; None if it could not be read.
+        sample: As read, with `caption` and `captions` cleaned and checked, `id` and `source` cleaned; None if it could
+            not be read.
         problem: Why not.
         file: Where it stands, for messages.
         name: What to call it, for messages.
@@ -199,6 +222,24 @@ class RawSample:
         sample = self.checked()
         known = {key: value for key, value in sample.items() if key in SAMPLE_KEYS and key != "captions"}
         raise_first(region_text_problems({"regions": [], **known, "caption": "-"}, size), self.file, self.name)
+        try:
+            json.dumps(sample.get("regions"), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            problem, remedy = "a region holds half a surrogate pair", "Mend it, or leave the sample out."
+            raise ClocError(problem, file=self.file, sample=self.name, remedy=remedy) from None
+
+
+def refused(raw: RawSample, error: ClocError) -> Record:
+    """The record of a sample that cannot be labelled."""
+    where = {"file": error.file or raw.file, "sample": error.sample or raw.name}
+    return {"n": raw.number, "problem": {"problem": error.problem, "remedy": error.remedy, **where}}
+
+
+def problem_of(record: Record) -> ClocError:
+    """The error that a record of a refused sample stands for."""
+    found = record["problem"]
+    remedy = " ".join(filter(None, [found["remedy"], "(--on-bad-sample skip leaves such samples out and lists them.)"]))
+    return ClocError(found["problem"], file=found["file"], sample=found["sample"], remedy=remedy)
 
 
 class SourceReader:
@@ -275,6 +316,8 @@ def _with_clean_texts(sample: Mapping[str, Any], file: str | None, name: str) ->
         raise ClocError("the name of the picture is not UTF-8", file=file, sample=name, remedy=remedy)
     if "id" in sample:
         cleaned["id"] = clean_text(identity)
+    if isinstance(sample.get("source"), str):
+        cleaned["source"] = clean_text(sample["source"])
     for key in ("caption", "captions"):
         value = sample.get(key)
         texts = [value] if key == "caption" and value is not None else value or []

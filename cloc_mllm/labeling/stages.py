@@ -20,6 +20,14 @@ from cloc_mllm.errors import ClocError
 Box = tuple[float, float, float, float]
 
 
+class StageError(ClocError):
+    """A stage fails whatever the sample: an endpoint that is not there, a key that it does not take.
+
+    It ends a labelling. Any other `ClocError` or `ValueError` of a stage is the fault of the sample that it fails on
+    alone, and `on_bad_sample` says what becomes of that.
+    """
+
+
 @dataclass(frozen=True)
 class Detection:
     """A phrase found in a picture.

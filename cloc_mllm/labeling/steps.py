@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -24,10 +24,10 @@ from PIL import Image
 from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.config import LabelConfig, StageChoice
 from cloc_mllm.labeling.files import STATE, Record, read_records, write_json, write_records
-from cloc_mllm.labeling.shard_output import done_marker, is_done, write_shard
-from cloc_mllm.labeling.sources import RawSample, SourcePlan, SourceReader, clean_text
+from cloc_mllm.labeling.shard_output import done_marker, read_marker, write_shard
+from cloc_mllm.labeling.sources import RawSample, SourcePlan, SourceReader, clean_text, problem_of, refused
 from cloc_mllm.labeling.stage_options import digest_of
-from cloc_mllm.labeling.stages import CAPTIONERS, DETECTORS, PHRASES, Detection, build_stage
+from cloc_mllm.labeling.stages import CAPTIONERS, DETECTORS, PHRASES, Detection, StageError, build_stage
 
 STEPS = ("source", "captions", "phrases", "detections", "shards")
 """In order; each depends on all before it."""
@@ -35,6 +35,8 @@ MODEL_STEPS = ("captions", "phrases", "detections")
 """Those that call a stage."""
 
 _FORMAT = 1
+_HOPELESS = 32
+"""A stage that has failed on so many samples and answered on none is at fault itself."""
 T = TypeVar("T")
 
 
@@ -100,6 +102,8 @@ class Step:
         if not file.exists():
             write_json(file, identity)
         self._reader = SourceReader(job.plan)
+        self._counted: Counter[str] = Counter()
+        self._answered = self._failed = 0
 
     def _identity(self) -> dict[str, Any]:
         """What this step's answers depend on, beside those of the steps before it."""
@@ -135,10 +139,11 @@ class Step:
         file = self.job.records_file(self.name, self.keys[self.name], shard)
         found = read_records(file)
         if found is None or not self._is_whole(found, shard):
-            start, before = time.perf_counter(), self._tally()
+            start = time.perf_counter()
+            self._counted.clear()
             records = list(self._records(shard))
             seconds = round(time.perf_counter() - start, 4)
-            told = {"seconds": seconds, "samples": len(records), "tally": dict(self._tally() - before)}
+            told = {"seconds": seconds, "samples": len(records), "tally": dict(self._counted)}
             write_records(file, records, told)
         else:
             records = found[0]
@@ -208,10 +213,11 @@ class Step:
     def _caption(self, shard: int) -> Iterator[Record]:
         numbers = [record["n"] for record in self.good("source", shard)]
         for batch in batches(self.samples(shard, numbers), self._batch_size()):
-            found = self._stage(Pictures(batch), [raw.checked() for raw in batch])
-            for raw, texts in zip(batch, self._answers(found, len(batch), shard), strict=True):
-                captions = [text for text in map(clean_text, texts) if text]
-                if captions:
+            found = self._ask(shard, batch, lambda some: (Pictures(some), [raw.checked() for raw in some]))
+            for raw, texts in zip(batch, found, strict=True):
+                if isinstance(texts, ClocError):
+                    yield refused(raw, texts)
+                elif captions := [text for text in map(clean_text, texts) if text]:
                     yield {"n": raw.number, "captions": captions}
                 else:
                     remedy = "Choose a captioner that writes one (--captioner hf:MODEL), or leave it out."
@@ -219,37 +225,82 @@ class Step:
 
     def _extract(self, shard: int) -> Iterator[Record]:
         for batch in batches(self.good("captions", shard), self._batch_size()):
-            found = self._stage([record["captions"] for record in batch])
-            for record, texts in zip(batch, self._answers(found, len(batch), shard), strict=True):
-                phrases = dict.fromkeys(phrase for text in texts if (phrase := clean_text(text)))
-                yield {"n": record["n"], "phrases": list(phrases)}
+            found = self._ask(shard, batch, lambda some: ([record["captions"] for record in some],))
+            for record, texts in zip(batch, found, strict=True):
+                if isinstance(texts, ClocError):
+                    yield refused(self._raw(shard, record), texts)
+                else:
+                    phrases = dict.fromkeys(phrase for text in texts if (phrase := clean_text(text)))
+                    yield {"n": record["n"], "phrases": list(phrases)}
 
     def _detect(self, shard: int) -> Iterator[Record]:
         """Pictures without a phrase are not looked at."""
         phrases = {record["n"]: record["phrases"] for record in self.good("phrases", shard)}
-        found: dict[int, list[Any]] = {number: [] for number in phrases}
+        records: dict[int, Record] = {number: {"n": number, "detections": []} for number in phrases}
         numbers = [number for number, texts in phrases.items() if texts]
         for batch in batches(self.samples(shard, numbers), self._batch_size()):
-            answers = self._stage(Pictures(batch), [phrases[raw.number] for raw in batch])
-            for raw, detections in zip(batch, self._answers(answers, len(batch), shard), strict=True):
-                found[raw.number] = [_detection_record(detection) for detection in detections]
-        for number, records in found.items():
-            yield {"n": number, "detections": records}
+            found = self._ask(shard, batch, lambda some: (Pictures(some), [phrases[raw.number] for raw in some]))
+            for raw, detections in zip(batch, found, strict=True):
+                if isinstance(detections, ClocError):
+                    records[raw.number] = refused(raw, detections)
+                else:
+                    records[raw.number]["detections"] = [_detection_record(detection) for detection in detections]
+        yield from records.values()
 
     def _batch_size(self) -> int:
         return self.job.stage_of(self.name).batch_size
 
-    def _answers(self, found: Any, wanted: int, shard: int) -> Any:
-        if len(found) != wanted:
-            problem = f"'{self.job.stage_of(self.name).stage}' gave {len(found)} answers on {wanted} pictures"
-            raise ClocError(problem, sample=f"shard {shard}", remedy="A stage answers for each picture.")
+    def _ask(self, shard: int, batch: list[Any], arguments: Callable[[list[Any]], tuple[Any, ...]]) -> list[Any]:
+        """What the stage answers on each sample of a batch; the error in its place where it fails on that one alone.
+
+        Args:
+            shard: Number of the shard, for messages.
+            batch: Samples, or records of the step before.
+            arguments: What the stage is called with, of some of them.
+
+        Raises:
+            ClocError: The stage fails on a sample and `on_bad_sample` is "error", or it fails whatever the sample.
+        """
+        before = self._tally()
+        try:
+            found = list(self._stage(*arguments(batch)))
+        except StageError:
+            raise
+        except (ClocError, ValueError) as error:
+            if len(batch) > 1:
+                return [answer for item in batch for answer in self._ask(shard, [item], arguments)]
+            return [self._failure(self._raw(shard, batch[0]), error)]
+        stage = self.job.stage_of(self.name).stage
+        if len(found) != len(batch):
+            problem = f"'{stage}' gave {len(found)} answers on {len(batch)} pictures"
+            raise StageError(problem, sample=f"shard {shard}", remedy="A stage answers for each picture.")
+        self._counted += self._tally() - before
+        self._answered += len(batch)
         return found
 
+    def _failure(self, raw: RawSample, error: ClocError | ValueError) -> ClocError:
+        """What is left of a sample that the stage fails on; raised if that is to stop the run, and so left nowhere."""
+        said, remedy = (error.problem, error.remedy) if isinstance(error, ClocError) else (str(error), None)
+        problem = f"'{self.job.stage_of(self.name).stage}' fails on it: {' '.join(said.split())}"
+        found = ClocError(problem, file=raw.file, sample=raw.name, remedy=remedy)
+        if self.job.config.on_bad_sample == "error":
+            raise problem_of(refused(raw, found)) from error
+        self._failed += 1
+        if not self._answered and self._failed >= _HOPELESS:
+            remedy = f"It has answered on none of {self._failed} samples, so the fault is not theirs."
+            raise StageError(problem, file=raw.file, sample=raw.name, remedy=remedy) from error
+        return found
+
+    def _raw(self, shard: int, item: RawSample | Record) -> RawSample:
+        return item if isinstance(item, RawSample) else next(self.samples(shard, [item["n"]]))
+
     def _write(self, shard: int) -> None:
-        marker = done_marker(self.job.state, shard)
-        if is_done(marker, self.keys["shards"], Path(self.job.config.out)):
+        done = read_marker(done_marker(self.job.state, shard), Path(self.job.config.out))
+        if done is not None and done["key"] == self.keys["shards"]:
+            if done["skipped"] and self.job.config.on_bad_sample == "error":
+                raise problem_of({"problem": done["skipped"][0]})
             return
-        facts, refusals = {}, []
+        facts, refusals = {}, list[Record]()
         for step in STEPS[:-1]:
             found = read_records(self.job.records_file(step, self.keys[step], shard))
             assert found is not None  # the steps before this one have just seen to it
@@ -263,7 +314,7 @@ class Step:
             (raw, tuple(sizes[raw.number]), captions[raw.number], detections[raw.number])
             for raw in self.samples(shard, list(detections))
         )
-        write_shard(self.job, shard, self.keys, inputs, facts, sorted(refusals, key=lambda record: record["n"]))
+        write_shard(self.job, shard, self.keys, inputs, facts, refusals)
 
 
 class Pictures(Sequence[Image.Image]):
@@ -300,19 +351,6 @@ def batches(items: Any, size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def refused(raw: RawSample, error: ClocError) -> Record:
-    """The record of a sample that cannot be labelled."""
-    where = {"file": error.file or raw.file, "sample": error.sample or raw.name}
-    return {"n": raw.number, "problem": {"problem": error.problem, "remedy": error.remedy, **where}}
-
-
-def problem_of(record: Record) -> ClocError:
-    """The error that a record of a refused sample stands for."""
-    found = record["problem"]
-    remedy = " ".join(filter(None, [found["remedy"], "(--on-bad-sample skip leaves such samples out and lists them.)"]))
-    return ClocError(found["problem"], file=found["file"], sample=found["sample"], remedy=remedy)
 
 
 def _detection_record(detection: Detection) -> list[Any]:

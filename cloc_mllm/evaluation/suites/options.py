@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric
+from cloc_mllm.yaml_files import parse_yaml
 
 METHODS = ("prompter", "roi", "value", "crop")
 ENCODER, MLLM = "cloc", "cloc_mllm"
@@ -127,7 +128,7 @@ def settings_from_words(words: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ClocError(f"'{word}' is not of the form key=value")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise ClocError(f"the value of '{key}' is not valid YAML: {value!r}") from error
     return values
@@ -149,7 +150,7 @@ def options_from_yaml(path: str | PathLike[str], overrides: Sequence[str] = ()) 
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ClocError(f"cannot read this suite ({error})", file=path) from error
     if not isinstance(values, dict):

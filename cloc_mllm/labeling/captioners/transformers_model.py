@@ -35,7 +35,7 @@ from cloc_mllm.labeling.checkpoints import (
     versions,
 )
 from cloc_mllm.labeling.stage_options import StageOptions, read_options
-from cloc_mllm.labeling.stages import Captioner
+from cloc_mllm.labeling.stages import Captioner, StageError
 
 EXAMPLE = "hf:llava-hf/llava-1.5-7b-hf or hf:Salesforce/blip-image-captioning-base"
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -127,7 +127,8 @@ class TransformersCaptioner:
         try:
             inputs = self._chat_inputs(images) if self._is_chat else self._picture_inputs(images)
         except (ImportError, ValueError) as error:
-            raise ClocError(f"its processor refuses the pictures: {error}", file=self._path) from error
+            kind = StageError if isinstance(error, ImportError) else ClocError
+            raise kind(f"its processor refuses the pictures: {error}", file=self._path) from error
         inputs = inputs.to(self._model.device, self._model.dtype)
         limit = self._options.max_new_tokens
         generated = self._model.generate(**inputs, **GREEDY, max_new_tokens=limit)

@@ -41,7 +41,7 @@ from cloc_mllm.labeling.detectors.common import (
 )
 from cloc_mllm.labeling.detectors.imagenet_nouns import classes_of, nouns, nouns_of
 from cloc_mllm.labeling.stage_options import read_options
-from cloc_mllm.labeling.stages import Detection
+from cloc_mllm.labeling.stages import Detection, StageError
 
 RANGE_SHARE = 0.45
 """A place belongs to a box if its activation lies above this share of the map's range: one value, not tuned."""
@@ -172,7 +172,7 @@ def activated_box(activation: torch.Tensor) -> tuple[float, float, float, float]
     try:
         from scipy import ndimage
     except ImportError as error:
-        raise ClocError("the detector 'cam' needs the package scipy", remedy=INSTALL) from error
+        raise StageError("the detector 'cam' needs the package scipy", remedy=INSTALL) from error
     fine = functional.interpolate(activation[None, None], scale_factor=_FINER, mode="bilinear", align_corners=False)
     values = fine[0, 0].cpu().numpy()
     low, high = float(values.min()), float(values.max())

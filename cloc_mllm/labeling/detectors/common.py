@@ -15,7 +15,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling import checkpoints
 from cloc_mllm.labeling.checkpoints import Dtype
 from cloc_mllm.labeling.stage_options import StageOptions
-from cloc_mllm.labeling.stages import Detection
+from cloc_mllm.labeling.stages import Detection, StageError
 from cloc_mllm.models.geometry import Geometry
 
 INSTALL = "pip install 'cloc-mllm[label]'"
@@ -94,12 +94,12 @@ def process_images(processor: Any, images: Sequence[Image.Image], **options: Any
         Its output, in tensors.
 
     Raises:
-        ClocError: It needs a package that is not installed.
+        StageError: It needs a package that is not installed.
     """
     try:
         return processor(images=list(images), return_tensors="pt", **options)
     except ImportError as error:
-        raise ClocError(f"the image processor needs more packages: {error}", remedy=INSTALL) from error
+        raise StageError(f"the image processor needs more packages: {error}", remedy=INSTALL) from error
 
 
 def stretched(image: Image.Image) -> Geometry:

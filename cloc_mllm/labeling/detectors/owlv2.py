@@ -62,7 +62,8 @@ class OwlDetector:
         options: Everything else.
 
     Attributes:
-        tally: How many phrases it was given, and of how many the text encoder read the beginning only.
+        tally: How many phrases it was given, over all pictures, and of how many the text encoder read the beginning
+            only.
 
     Raises:
         ClocError: There is no such checkpoint, or the size does not fit it.
@@ -110,6 +111,7 @@ class OwlDetector:
         place = {phrase: k for k, phrase in enumerate(distinct)}
         features, boxes = self._patches([images[k] for k in wanted])
         own_places = [[place[phrase] for phrase in own] for own in wanted.values()]
+        self._count(distinct, own_places)
         logits, best = self._best_phrases(features, self._embed(distinct), own_places)
         scores = logits.sigmoid()
         for row, k in enumerate(wanted):
@@ -130,10 +132,14 @@ class OwlDetector:
         boxes = self.model.box_predictor(features, grid, interpolate_pos_encoding=True)
         return features, cxcywh_to_xyxy(boxes.float())
 
+    def _count(self, phrases: Sequence[str], wanted: Sequence[Sequence[int]]) -> None:
+        """Count each picture's phrases, given as places in `phrases`: the sums are the same however it is batched."""
+        too_long = [len(ids) > self._text_length for ids in self.tokenizer(list(phrases))["input_ids"]]
+        for own in wanted:
+            self.tally.count(len(own), shortened=sum(too_long[place] for place in own))
+
     def _embed(self, phrases: Sequence[str]) -> torch.Tensor:
         """``(T, D)`` embeddings of phrases, of length 1."""
-        lengths = [len(ids) for ids in self.tokenizer(list(phrases))["input_ids"]]
-        self.tally.count(len(phrases), shortened=sum(length > self._text_length for length in lengths))
         embeds = []
         for start in range(0, len(phrases), PHRASES_AT_ONCE):
             part = list(phrases[start : start + PHRASES_AT_ONCE])

@@ -35,6 +35,7 @@ from cloc_mllm.training.presets.options import (
     TokenizerOptions,
     block,
 )
+from cloc_mllm.yaml_files import parse_yaml
 
 
 class _StageConfig(Block):
@@ -256,7 +257,7 @@ def write_config(config: AnyConfig, path: str | os.PathLike[str]) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
         hint = f"Did you mean {' or '.join(near)}?" if near else None
@@ -270,26 +271,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice: the second would win silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key in place."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ClocError(f"cannot read the override '{override}'", remedy="Write key=value, as in optim.lr=1e-4.")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise ClocError(f"the value of the override '{override}' is not valid YAML") from None
     *parents, last = key.split(".")

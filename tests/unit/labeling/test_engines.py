@@ -70,7 +70,8 @@ def test_actors_hand_on_keys_and_errors(tmp_path: Path) -> None:
     assert done["shard"] == [2, 0]
     assert done["error"] == ["", ""]
     for shard in (0, 2):
-        own, whole = (read_marker(done_marker(tmp_path / name / STATE, shard)) for name in ("out", "whole"))
+        folders = (tmp_path / "out", tmp_path / "whole")
+        own, whole = (read_marker(done_marker(folder / STATE, shard), folder) for folder in folders)
         assert own is not None
         assert whole is not None
         assert json.loads(done["keys"][0]) == own["keys"] == whole["keys"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cloc_mllm.apps.cli import main
+from cloc_mllm.errors import ClocError
 from cloc_mllm.labeling.config import load_label_config
 from cloc_mllm.labeling.pipeline import label
 from tests.builders_labels import labelled, output_bytes, small_config, write_pictures
@@ -114,3 +115,33 @@ def test_a_stage_may_be_written_short(tmp_path: Path) -> None:
     assert (config.captioner.stage, config.captioner.options) == ("hf:x/y", {"beams": 4})
     assert (config.phrases.stage, config.phrases.batch_size) == ("textblob", 5)
     assert config.detector.stage == "cam:z"
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("source: a\nout: b\nfilter: {score: 0.5}\nfilter: {nms: text}\n")
+    with pytest.raises(ClocError, match="key 'filter' is given twice"):
+        load_label_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "overrides", "options"),
+    [
+        ("{stage: 'owlv2:m', options: {size: 960}}", "cam", [], {}),
+        ("{stage: 'owlv2:m', options: {size: 960}}", "owlv2:n", [], {"size": 960}),
+        ("{stage: 'owlv2:m', options: {size: 960}}", None, ["detector.stage=cam"], {}),
+        (
+            "{stage: 'owlv2:m', options: {size: 960}}",
+            None,
+            ["detector.options.floor=0.1", "detector.stage=cam"],
+            {"floor": 0.1},
+        ),
+        ("{options: {size: 960}}", "cam", ["detector.options.floor=0.1"], {"floor": 0.1}),
+        ("{options: {size: 960}}", "owlv2:n", [], {"size": 960}),
+    ],
+)
+def test_options_of_a_preset_do_not_go_to_another_stage(
+    preset: str, given: str | None, overrides: list[str], options: dict[str, float], tmp_path: Path
+) -> None:
+    (tmp_path / "x.yaml").write_text(f"source: a\nout: b\ndetector: {preset}\n")
+    config = load_label_config(tmp_path / "x.yaml", {"detector.stage": given}, overrides)
+    assert config.detector.options == options

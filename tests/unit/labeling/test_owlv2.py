@@ -117,8 +117,19 @@ def test_long_phrases_are_counted_and_reported_whole(checkpoint: tuple[Path, str
     stage = detector(checkpoint[0], floor=0.0)
     long = "dog " * 30
     found = stage(IMAGES[:2], [[long, "cat"], ["cat"]])
-    assert stage.tally == {"given": 2, "shortened": 1, "unreadable": 0}
+    assert stage.tally == {"given": 3, "shortened": 1, "unreadable": 0}
     assert {d.text for d in found[0]} <= {long, "cat"}
+
+
+def test_the_count_of_phrases_does_not_depend_on_the_batch(checkpoint: tuple[Path, str, Any]) -> None:
+    """Pictures share phrases, a long one too, and one of them has a phrase twice."""
+    long = "dog " * 30
+    phrases = [[long, "cat", "cat"], ["cat", long], [], ["cat"]]
+    together, alone = detector(checkpoint[0]), detector(checkpoint[0])
+    together(IMAGES, phrases)
+    for image, own in zip(IMAGES, phrases, strict=True):
+        alone([image], [own])
+    assert together.tally == alone.tally == {"given": 5, "shortened": 2, "unreadable": 0}
 
 
 def test_other_number_formats(checkpoint: tuple[Path, str, Any]) -> None:

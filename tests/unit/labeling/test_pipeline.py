@@ -27,6 +27,7 @@ from cloc_mllm.labeling.config import LabelConfig
 from cloc_mllm.labeling.files import STATE, Locks
 from cloc_mllm.labeling.filtering import FilterOptions, filter_detections
 from cloc_mllm.labeling.pipeline import label
+from cloc_mllm.labeling.sources import SourceReader, plan_source
 from tests.builders_labels import (
     SmallCaptioner,
     SmallDetector,
@@ -411,6 +412,57 @@ def test_a_part_with_other_options_is_refused_while_parts_work(pictures: Path, t
     others.release()
     with pytest.raises(ClocError, match="made with other options"):
         label(small_config(pictures, out, "filter.score=0.3"), finish_only=True, progress=False)
+
+
+def test_a_refused_part_leaves_the_pictures_of_those_at_work(pictures: Path, tmp_path: Path) -> None:
+    """Another source with as many pictures: were their list replaced, the parts at work would label the wrong ones."""
+    out, other = tmp_path / "out", write_pictures(tmp_path / "other", COUNT)
+    label_quietly(small_config(pictures, out), (0, 2))
+    plan = plan_source(str(pictures), out / STATE)  # as those at work have it
+    others = Locks(out / STATE)
+    others.require("run", shared=True)
+    with pytest.raises(ClocError, match="made with other options or of another source"):
+        label_quietly(small_config(other, out), (1, 2))
+    others.release()
+    read = [raw.checked()["image"] for raw in SourceReader(plan).read(0, COUNT)]
+    assert sorted(read) == sorted(str(path) for path in pictures.rglob("*") if path.is_file())
+    label_quietly(small_config(other, out))
+    assert len([*(out / STATE).glob("pictures*")]) == 1, "the list of the set that was replaced is gone"
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_shard_that_no_marker_tells_of_goes_with_its_options(
+    file_format: str, pictures: Path, tmp_path: Path
+) -> None:
+    """As a run leaves it that is killed between a shard and its marker, before other options make fewer shards."""
+    out = tmp_path / "out"
+    label_quietly(small_config(pictures, out, "shard=2", f"format={file_format}"), (0, 2))
+    (out / STATE / "done" / "00008.json").unlink()
+    label_quietly(small_config(pictures, out, f"format={file_format}"))
+    ids = [sample["id"] for sample in labelled(out)]
+    assert len(ids) == len(set(ids)) == COUNT
+    assert not [path for path in [*out.iterdir(), *(out / STATE).glob("lines/*")] if "00008" in path.name]
+
+
+def test_a_shard_of_nobody_is_not_certified(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    label_quietly(small_config(pictures, out))
+    shutil.copy(out / "regions-00000.parquet", out / "regions-00009.parquet")
+    with pytest.raises(ClocError, match=r"regions-00009\.parquet: is a shard that this labelling has not written"):
+        label_quietly(small_config(pictures, out))
+
+
+def test_a_set_that_lacks_a_file_is_not_certified(pictures: Path, tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "out"
+    config = small_config(pictures, out)
+    label_quietly(config, (0, 2))
+    (out / "regions-00002.parquet").unlink()
+    assert label_quietly(config, (1, 2)) is None, "shard 2 is not there, so this is not the last part"
+    with pytest.raises(ClocError, match="shard 2 of 5 is not done, or its files are not there"):
+        label(config, finish_only=True, progress=False)
+    assert not (out / "dataset.json").exists()
+    assert label_quietly(config, (0, 2)) is not None
+    assert output_bytes(out) == output_bytes(whole)
 
 
 def test_parts_of_different_stages_do_not_make_a_set(

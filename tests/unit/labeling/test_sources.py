@@ -131,7 +131,24 @@ def test_pictures_come_folder_by_folder_in_order_of_their_names(tmp_path: Path) 
     plan = plan_source(str(tmp_path), tmp_path / "out" / "state")
     ids = [raw.checked()["id"] for raw in SourceReader(plan).read(0, plan.total)]
     assert ids == ["a.png", "b/10.JPG", "b/2.png", "b/a/z.webp", "c/1.jpeg"]
-    assert plan.ignored == 3
+    assert plan.ignored == 4
+
+
+def test_links_to_folders_are_followed_and_no_folder_is_listed_twice(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    for name in (source / "b" / "1.png", elsewhere / "2.png", elsewhere / "deep" / "3.png"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        noise_image().save(name)
+    (source / "linked").symlink_to(elsewhere)
+    (source / "again").symlink_to(elsewhere)
+    (source / "b" / "circle").symlink_to(source)
+    (elsewhere / "deep" / "up").symlink_to(elsewhere)
+    (tmp_path / "out").mkdir()
+    noise_image().save(tmp_path / "out" / "figure.png")
+    (source / "labels").symlink_to(tmp_path / "out")
+    samples = read_all(source, tmp_path / "out" / "state")
+    assert [raw.checked()["id"] for raw in samples] == ["again/2.png", "again/deep/3.png", "b/1.png"]
+    assert all(raw.picture().size == (40, 30) for raw in samples)
 
 
 def test_one_picture_and_a_pattern_of_pictures(tmp_path: Path) -> None:
@@ -142,6 +159,19 @@ def test_one_picture_and_a_pattern_of_pictures(tmp_path: Path) -> None:
     assert one[0].picture().size == (40, 30)
     some = read_all(tmp_path / "*.png", tmp_path / "state")
     assert [raw.checked()["id"] for raw in some] == ["1.png", "2.png"]
+
+
+def test_pictures_of_a_pattern_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        noise_image(seed=1).save(tmp_path / "photos" / name / "1.png")
+    plan = plan_source(str(tmp_path / "photos" / "*" / "1.png"), tmp_path / "state")
+    samples = list(SourceReader(plan).read(0, plan.total))
+    assert [raw.checked()["id"] for raw in samples] == ["a/1.png", "b/1.png"]
+    assert all(raw.picture().size == (40, 30) for raw in samples)
+    (tmp_path / "photos" / "b").rename(tmp_path / "photos" / "c")
+    other = plan_source(str(tmp_path / "photos" / "*" / "1.png"), tmp_path / "state")
+    assert other.fingerprint != plan.fingerprint
 
 
 def test_shards_of_img2dataset(tmp_path: Path) -> None:
