@@ -73,7 +73,7 @@ class DatasetRef:
             "of": self.total,
             "unit": self.unit,
         }
-        known = {"path": self.path, "kind": self.kind}
+        known = {"path": self.path, "kind": self.kind, "seed": self.seed if self.n < self.total else None}
         return {**found, **{key: value for key, value in known.items() if value is not None}}
 
 

@@ -178,11 +178,12 @@ def _as_results(found: Sequence[Detected], ids: Sequence[int]) -> Iterable[dict[
             yield {"image_id": number, "category_id": ids[kind], "bbox": row, "score": score}
 
 
-def _proposal_hits(split: RegionSplit, proposed: Sequence[Proposals]) -> tuple[list[bool], list[int]]:
+def _proposal_hits(split: RegionSplit, proposed: Sequence[Proposals]) -> tuple[list[bool], list[str]]:
     """Whether some proposal overlaps each true box by an IoU of 0.5, and each one's image: no detector finds more."""
     hits: list[bool] = []
     for region in split.regions:
         boxes = torch.from_numpy(proposed[region.image].boxes)
         true = torch.tensor([region.box], dtype=torch.float64)
         hits.append(bool((box_iou(true, boxes) >= 0.5).any()))
-    return hits, [region.image for region in split.regions]
+    keys = split.image_keys
+    return hits, [keys[region.image] for region in split.regions]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.report import DatasetRef
-from cloc_mllm.evaluation.scoring.metrics import Metric
+from cloc_mllm.evaluation.scoring.metrics import Metric, check_seed
 
 METHODS = ("prompter", "roi", "value", "crop")
 ENCODER, MLLM = "cloc", "cloc_mllm"
@@ -59,8 +59,9 @@ class EvalOptions:
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ClocError(f"{name} is {value!r}, not a positive whole number")
+        check_seed(self.seed)
         if self.method is not None and self.method not in METHODS:
             raise ClocError(f"there is no method '{self.method}'", remedy=f"Choose one of {', '.join(METHODS)}.")
         if not isinstance(self.settings, Mapping):

@@ -44,7 +44,7 @@ def region_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise_image(60, 40, k).save(folder / f"{k}.png")
         regions = [{"box": [j, 0, 30 + j, 20 + k], "text": classes[(k + j) % 3]} for j in range(k)]
         captions = [f"picture {k}", f"the one numbered {k}", "noise" if k < 2 else f"noise {k}"]
-        sample = {"id": str(k), "image": f"{k}.png", "caption": captions[0], "captions": captions, "regions": regions}
+        sample = {"id": f"p{k}", "image": f"{k}.png", "caption": captions[0], "captions": captions, "regions": regions}
         lines.append(json.dumps(sample) + "\n")
     (folder / "regions.jsonl").write_text("".join(lines))
     return folder
@@ -64,6 +64,7 @@ def test_scenes_suite_measures_an_encoder(
         "of": 40,
         "unit": "images",
         "path": str(scenes_folder / "test"),
+        "seed": 0,
     }
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "scores.npz"}
     assert ("grounding_acc50" in report["metrics"]) == (kind == "cloc")
@@ -117,6 +118,13 @@ def test_region_suite_gives_the_truth_100_and_its_opposite_0(region_data: Path, 
     wanted = [name for name in metrics if not name.endswith(("_r5", "_r10", "_top5"))]
     assert {name: metrics[name].value for name in wanted} == dict.fromkeys(wanted, expected)
     assert {"region_macc", "region_top1", "region_r2t_r1", "region_t2r_r1", "image_i2t_r1"} <= set(wanted)
+    # What items are paired by: the samples' own ids, not numbers that any other data have as well.
+    items = metrics["region_top1"].items
+    assert items is not None
+    assert items.images == tuple(split.ids[region.image] for region in split.regions)
+    assert items.keys == tuple(f"{image}/{row}" for row, image in enumerate(items.images))
+    assert metrics["image_i2t_r1"].items is not None
+    assert metrics["image_i2t_r1"].items.images == tuple(split.ids)
 
 
 def test_the_same_seed_gives_the_same_numbers(
@@ -158,6 +166,13 @@ def test_suite_files_with_faults_are_named(tmp_path: Path) -> None:
         options_from_yaml(file)
     with pytest.raises(ClocError, match="cannot read this suite"):
         options_from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("seed", [None, -1, 1.5, "1", True])
+def test_a_seed_is_a_whole_number(seed: object) -> None:
+    """None is "another draw each time", and a negative one ends in NumPy's own words."""
+    with pytest.raises(ClocError, match=r"seed is .*, not a whole number from 0"):
+        EvalOptions("m", "d", "o", seed=seed)  # type: ignore[arg-type]
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(
@@ -206,7 +221,7 @@ def test_a_broken_picture_names_file_and_sample(
     for k in range(6):
         Image.new("RGB", (60, 40)).save(tmp_path / f"{k}.png")
     (tmp_path / "4.png").write_bytes(b"no picture")
-    with pytest.raises(ClocError, match=r"regions\.jsonl: sample '4 \(line 5\)'"):
+    with pytest.raises(ClocError, match=r"regions\.jsonl: sample 'p4 \(line 5\)'"):
         run_suite("region", EvalOptions(str(checkpoints["cloc"]), str(tmp_path), str(tmp_path / "out")))
 
 
