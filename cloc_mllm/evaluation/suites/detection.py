@@ -72,8 +72,16 @@ class DetectionSettings:
         templates_of(self.templates)
         if self.backend not in BACKENDS:
             raise ClocError(f"there is no backend '{self.backend}'", remedy=f"Choose one of {', '.join(BACKENDS)}.")
-        if not isinstance(self.resamples, int) or self.resamples < 0:
+        if self.resamples < 0:
             raise ClocError(f"resamples is {self.resamples!r}, not a whole number from 0")
+        if self.score not in ("auto", "softmax", "sigmoid"):
+            raise ClocError(f"score is '{self.score}'", remedy="It is auto, softmax or sigmoid.")
+        if self.most < 1:
+            raise ClocError(f"most is {self.most}, not a positive whole number")
+        if self.nms is not None and not 0 <= self.nms <= 1:
+            raise ClocError(f"nms is {self.nms}, not a share from 0 to 1")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ClocError(f"temperature is {self.temperature}, not a positive number")
         if self.annotations is not None and self.categories not in ("auto", OV_COCO):
             raise ClocError("with annotations, the categories are those of the file", remedy="Leave categories out.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +14,15 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings
 from cloc_mllm.evaluation.encoders.region_data import load_region_split
 from cloc_mllm.evaluation.encoders.vocabulary import read_vocabulary
-from cloc_mllm.evaluation.suites.options import EvalOptions, model_type, options_from_yaml
+from cloc_mllm.evaluation.suites.detection import DetectionSettings
+from cloc_mllm.evaluation.suites.grounding import GroundingSettings
+from cloc_mllm.evaluation.suites.options import (
+    EvalOptions,
+    model_type,
+    options_from_yaml,
+    settings_from_words,
+    settings_of,
+)
 from cloc_mllm.evaluation.suites.region import evaluate_regions
 from cloc_mllm.evaluation.suites.registry import SUITES, run_suite
 from tests.builders import noise_image, tiny_cloc
@@ -173,6 +182,68 @@ def test_a_seed_is_a_whole_number(seed: object) -> None:
     """None is "another draw each time", and a negative one ends in NumPy's own words."""
     with pytest.raises(ClocError, match=r"seed is .*, not a whole number from 0"):
         EvalOptions("m", "d", "o", seed=seed)  # type: ignore[arg-type]
+
+
+def detection_error(**settings: object) -> str:
+    with pytest.raises(ClocError) as caught:
+        settings_of(DetectionSettings, EvalOptions("m", "d", "o", settings=settings))
+    return str(caught.value)
+
+
+def test_settings_are_of_their_types() -> None:
+    """Told before anything is loaded, from the command line and from YAML alike."""
+    wrong = {
+        "most": ("abc", "1.5", "true", "[1]", "null"),
+        "temperature": ("hot", "true", ".inf"),
+        "nms": ("high", "{a: 1}"),
+        "grid": ("5", "steps"),
+        "objectness": ("maybe", "1"),
+        "min_score": ("null", "a: ["),
+    }
+    named = {"most": "a whole number", "grid": "a mapping", "objectness": "true or false"}
+    for name, words in wrong.items():
+        for word in words:
+            said = detection_error(**settings_from_words([f"{name}={word}"]))
+            assert f"{name} is {word!r}, not {named.get(name, 'a number')}" in said
+    assert "most is 'abc', not a whole number" in detection_error(most="abc")
+    assert "templates is 5, not a text or a list (a text each)" in detection_error(templates=5)
+    assert "no templates '5'" in detection_error(**settings_from_words(["templates=5"]))
+    for name, value in {"most": 0, "nms": 1.5, "temperature": -1, "score": "relu"}.items():
+        assert f"{name} is " in detection_error(**{name: value})
+
+
+def test_settings_are_read_as_their_types_want_them() -> None:
+    def read(kind: type, *words: str) -> Any:
+        return settings_of(kind, EvalOptions("m", "d", "o", settings=settings_from_words(words)))
+
+    # Words that YAML takes for a mapping, for nothing at all, for a number and for a truth.
+    for question in ("Task: find {phrase}", "{phrase}?", "{phrase}", "[{phrase}", "'{phrase}"):
+        assert read(GroundingSettings, f"question={question}").question == question
+    assert read(GroundingSettings, "question='{phrase}: where?'").question == "{phrase}: where?"
+    assert read(GroundingSettings, "question=null").question is None
+    assert read(GroundingSettings, "suffix=123").suffix == "123"
+    assert read(GroundingSettings, "suffix=no").suffix == "no"
+    words = ("most=7", "nms=1", "min_score=1e-3", "grid={steps: 3}", "templates=['a {}', 'b {}']")
+    found = read(DetectionSettings, *words)
+    assert (found.most, found.nms, found.min_score, found.grid) == (7, 1, 0.001, {"steps": 3})
+    assert found.templates == ["a {}", "b {}"]
+
+
+def test_options_of_a_suite_file_are_of_their_types(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("suite: scenes\nsettings:\n")
+    _, options = options_from_yaml(file, ["model=123", "out=2024-01-01", "limit=5", "settings.question=a: {phrase}"])
+    assert (options.model, options.out, options.limit) == ("123", "2024-01-01", 5)
+    assert settings_of(GroundingSettings, options).question == "a: {phrase}"
+    for word, said in {
+        "limit=many": "limit is 'many', not a whole number",
+        "seed=null": "seed is 'null', not a whole number",
+        "trust_remote_code=perhaps": "not true or false",
+        "settings=5": "settings is '5', not a mapping",
+        "model=": "'model' is not given",
+    }.items():
+        with pytest.raises(ClocError, match=said):
+            options_from_yaml(file, ["model=m", "out=o", word])
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(
