@@ -32,6 +32,7 @@ from cloc_mllm.evaluation.suites.asking import (
     load_answerer,
     mllm_settings,
     question,
+    refuse_asking,
 )
 from cloc_mllm.evaluation.suites.encoder_grounding import locate_texts
 from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, model_type, settings_of
@@ -81,6 +82,7 @@ def run(options: EvalOptions) -> Outcome:
         raise ClocError("the pictures of Flickr30k are not named", remedy="Add --set images=DIR.")
     captions = load_captions(options.data_path, settings.images, options.split or "test", options.limit, options.seed)
     if model_type(options.model) == ENCODER:
+        refuse_asking(options, settings)
         data = as_regions(captions)
         return score_located(captions, locate_texts(options, data, range(len(data.regions))), options.seed)
     return evaluate_flickr30k(load_answerer(options, settings), captions, settings, mllm_settings(options))

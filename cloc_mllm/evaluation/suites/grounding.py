@@ -24,6 +24,7 @@ from cloc_mllm.evaluation.suites.asking import (
     load_answerer,
     mllm_settings,
     question,
+    refuse_asking,
 )
 from cloc_mllm.evaluation.suites.encoder_grounding import locate_texts
 from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, model_type, settings_of
@@ -67,6 +68,7 @@ def run(options: EvalOptions) -> Outcome:
     data = load_region_split(options.data_path, split=options.split or "all", seed=options.seed)
     expressions = load_expressions(data, settings.of, options.limit, options.seed)
     if model_type(options.model) == ENCODER:
+        refuse_asking(options, settings)
         return score_located(expressions, locate_texts(options, data, expressions.rows), options.seed)
     return evaluate_grounding(load_answerer(options, settings), expressions, settings, mllm_settings(options))
 

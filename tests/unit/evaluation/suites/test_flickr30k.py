@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,13 @@ def test_a_real_encoder_searches(entities: Path, encoder_folder: Path, tmp_path:
     report = run_suite("flickr30k", options)
     assert report["metrics"]["flickr30k_merged_r1"]["n"] == 5
     assert report["details"]["choices"]["localizer"] == "box_head"
+    images = {"images": str(entities / "images")}
+    for asked in ({"ask": "sentence"}, {"question": "Find {phrases}."}, {"suffix": "Now."}, {"boxes": "norm1"}):
+        (name,) = asked
+        with pytest.raises(ClocError, match=f"{name} is for MLLMs"):
+            run_suite("flickr30k", replace(options, settings=images | asked))
+    with pytest.raises(ClocError, match="max-new-tokens is for MLLMs"):
+        run_suite("flickr30k", replace(options, max_new_tokens=512))
 
 
 def test_faults_of_the_files_are_named(entities: Path, tmp_path: Path) -> None:
