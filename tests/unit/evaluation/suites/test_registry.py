@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,19 @@ def test_shipped_suites_can_be_read(path: Path) -> None:
     name, options = options_from_yaml(path, ["model=m", "data=d", "out=o", "limit=5"])
     assert name in SUITES
     assert (options.model, options.data, options.out, options.limit) == ("m", "d", "o", 5)
+
+
+def test_the_command_in_a_report_can_be_pasted(
+    checkpoints: dict[str, Path], region_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(SUITE_FILES[0].parents[1] / "run_suite.py"))
+    file, out = tmp_path / "my suite.yaml", tmp_path / "it's here"
+    file.write_text("suite: region\nsettings: {recognition: false}\n")
+    words = [str(file), f"model={checkpoints['cloc']}", f"data={region_data}", f"out={out}", "limit=4"]
+    assert script["main"](words) == 0
+    assert "region_r2t_r1" in capsys.readouterr().out
+    command = json.loads((out / "report.json").read_text())["command"]
+    assert shlex.split(command) == ["python", "eval/run_suite.py", *words]
 
 
 def test_suite_files_with_faults_are_named(tmp_path: Path) -> None:
