@@ -84,12 +84,15 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a suite found; the rest of the report is the same for all suites."""
+    """What a suite found; the rest of the report is the same for all suites.
+
+    ``unparsed`` is None where answers are read by others who do not say which they could not read.
+    """
 
     dataset: DatasetRef
     metrics: Mapping[str, Metric]
     details: Mapping[str, Any]
-    unparsed: float = 0.0
+    unparsed: float | None = 0.0
     answers: Sequence[Mapping[str, Any]] = ()
 
 
