@@ -118,6 +118,9 @@ JUDGED = {
 """The judged tasks whose failed calls can be told from their samples. No other judged task is run: lmms-eval averages
 a failed call as if it were a score, up to 100 where all of them failed."""
 
+SHEETS = "mmbench*"
+"""The tasks whose metric `submission` is a spreadsheet, written by openpyxl when all questions have been answered."""
+
 STATIC = ("mmbench_en_dev_static",)
 """Tasks whose metrics are named after a judge they do not ask."""
 
