@@ -6,6 +6,7 @@ the same from options alone.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         name, options = options_from_yaml(argv[0], argv[1:])
-        report = run_suite(name, options, command=f"python eval/run_suite.py {' '.join(argv)}")
+        report = run_suite(name, options, command=shlex.join(["python", "eval/run_suite.py", *argv]))
     except ClocError as error:
         print(f"run_suite: error: {error}", file=sys.stderr)
         return 2

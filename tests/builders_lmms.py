@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lmms_eval
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List
 
 from tests.builders import noise_image
 
@@ -23,7 +23,13 @@ def held_image(seed: int, width: int = 40, height: int = 30) -> dict[str, Any]:
 
 
 def local_copy(
-    folder: Path, task: str, yaml: str, split: str, rows: Sequence[Mapping[str, Any]], more: str = ""
+    folder: Path,
+    task: str,
+    yaml: str,
+    split: str,
+    rows: Sequence[Mapping[str, Any]],
+    more: str = "",
+    several: bool = False,
 ) -> None:
     """Write rows as Parquet, and a task of the shipped name that reads them.
 
@@ -34,9 +40,11 @@ def local_copy(
         split: The split that it evaluates.
         rows: The questions.
         more: Further lines of YAML.
+        several: Whether a question has a list of pictures.
     """
+    pictures = List(Image()) if several else Image()
     folder.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list([dict(row) for row in rows]).cast_column("image", Image()).to_parquet(folder / f"{task}.parquet")
+    Dataset.from_list([dict(row) for row in rows]).cast_column("image", pictures).to_parquet(folder / f"{task}.parquet")
     lines = [
         f"include: {SHIPPED / yaml}",
         f"task: {task}",
@@ -127,6 +135,72 @@ def refcoco(folder: Path, things: Sequence[tuple[list[str], list[float]]], size:
         ("refcoco_grounding_testA", "refcoco_grounding/refcoco_grounding_testA.yaml", "testA"),
     ):
         local_copy(folder, task, yaml, split, rows)
+
+
+def seedbench(folder: Path, truths: Sequence[tuple[str, str]]) -> None:
+    """SEED-Bench: (letter, `image` or `video`) each; a video is a list of frames."""
+    rows = [
+        {
+            "answer": letter,
+            **{f"choice_{one}": f"choice {one} of {k}" for one in "abcd"},
+            "data_id": f"d{k}",
+            "data_type": kind,
+            "question": f"What is it {k}?",
+            "question_id": str(k),
+            "question_type_id": 1,
+            "image": [held_image(k + frame) for frame in range(3 if kind == "video" else 1)],
+            "segment": [0, 1],
+        }
+        for k, (letter, kind) in enumerate(truths)
+    ]
+    local_copy(folder, "seedbench", "seedbench/seedbench.yaml", "test", rows, several=True)
+
+
+def scienceqa(folder: Path, truths: Sequence[int]) -> None:
+    """ScienceQA, the part with pictures: the number of the right choice each."""
+    rows = [
+        {
+            "image": held_image(k),
+            "question": f"Which is it {k}?",
+            "choices": ["this", "that", "none"],
+            "answer": truth,
+            "hint": "Look." if k % 2 else "",
+            "task": "closed choice",
+            "grade": "grade2",
+            "subject": "natural science",
+            "topic": "physics",
+            "category": "Magnets",
+            "skill": "See",
+            "lecture": "",
+            "solution": "",
+        }
+        for k, truth in enumerate(truths)
+    ]
+    local_copy(folder, "scienceqa_img", "scienceqa/scienceqa_img.yaml", "test", rows)
+
+
+def mmbench(folder: Path, truths: Sequence[str], more: str = "") -> None:
+    """MMBench, the English dev split: the right letter each; and further lines of YAML."""
+    rows = [
+        {
+            "index": k,
+            "question": f"What is there {k}?",
+            "hint": "nan",
+            "answer": truth,
+            "A": "apple",
+            "B": "pear",
+            "C": "plum",
+            "D": "nan",
+            "category": "object_localization" if k % 2 else "attribute_recognition",
+            "image": held_image(k),
+            "source": "x",
+            "L2-category": "finegrained_perception",
+            "comment": "nan",
+            "split": "dev",
+        }
+        for k, truth in enumerate(truths)
+    ]
+    local_copy(folder, "mmbench_en_dev_static", "mmbench/mmbench_en_dev_static.yaml", "dev", rows, more)
 
 
 def ferret(folder: Path, count: int) -> None:

@@ -25,6 +25,7 @@ class LabelledImages:
     Attributes:
         classes: Names of the classes, sorted.
         labels: The class of each image, as its place in `classes`.
+        ids: What tells each image from the others: where it lies below `path`, or its file and sample.
         total: How many images there are, taken or not.
 
     Raises:
@@ -46,6 +47,10 @@ class LabelledImages:
         taken = [named[k * len(named) // count] for k in range(count)]
         self.labels = [number[name] for name, *_ in taken]
         self._images = [rest for _, *rest in taken]
+        self.ids = [
+            str(Path(file).relative_to(self.path)) if of_folders else f"{Path(file).name}: {sample}"
+            for *_, file, sample in taken
+        ]
 
     def __len__(self) -> int:
         return len(self.labels)

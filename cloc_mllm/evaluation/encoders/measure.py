@@ -116,13 +116,12 @@ def measure(
     return Measured(
         image=image_metrics(read.images, split, bank, settings),
         readouts={
-            name: _naming_metrics(embeds, [regions[row] for row in rows[name]], truth, bank, settings)
-            | _retrieval_metrics(embeds, rows[name], regions, bank, pools, settings)
+            name: _naming_metrics(embeds, rows[name], split, truth, bank, settings)
+            | _retrieval_metrics(embeds, rows[name], split, bank, pools, settings)
             for name, embeds in read.regions.items()
         },
         localizers={
-            name: _localizer_metrics(found, [regions[row] for row in phrases[name]], settings)
-            for name, found in read.located.items()
+            name: _localizer_metrics(found, phrases[name], split, settings) for name, found in read.located.items()
         },
         pools={
             "image": f"{len(split.rows)} images, {len(set(all_captions(split)))} distinct captions",
@@ -285,19 +284,32 @@ def image_metrics(
     similarity = similarity_of(embeds, bank[distinct])
     i2t = misplaced(similarity, right)
     t2i = misplaced(similarity.T, right.T)[[row[caption] for caption in captions]]
-    asked = [number for number, some in enumerate(split.captions) for _ in some]
+    ids = split.image_keys
+    asked = [image for image, some in zip(ids, split.captions, strict=True) for _ in some]
     found: Metrics = {}
     for k in recalls:
-        found[f"image_i2t_r{k}"] = mean_metric(i2t < k, range(len(split.ids)), seed=settings.seed)
+        found[f"image_i2t_r{k}"] = mean_metric(i2t < k, ids, seed=settings.seed)
         found[f"image_t2i_r{k}"] = mean_metric(t2i < k, asked, seed=settings.seed)
     return found
 
 
+def seen_regions(split: RegionSplit, rows: Sequence[int]) -> tuple[list[Region], list[str], list[str]]:
+    """Return some regions, the id of each one's image, and what tells each from all others of the split."""
+    regions, ids = [split.regions[row] for row in rows], split.image_keys
+    images = [ids[region.image] for region in regions]
+    return regions, images, [f"{image}/{row}" for image, row in zip(images, rows, strict=True)]
+
+
 def _naming_metrics(
-    embeds: torch.Tensor, regions: Sequence[Region], truth: SceneTruth, bank: TextBank, settings: EncoderSettings
+    embeds: torch.Tensor,
+    rows: Sequence[int],
+    split: RegionSplit,
+    truth: SceneTruth,
+    bank: TextBank,
+    settings: EncoderSettings,
 ) -> Metrics:
     """Class of each region among all names without size; its size among the sizes of its true name."""
-    images = [region.image for region in regions]
+    regions, images, keys = seen_regions(split, rows)
     names = [canonical_name(region.attributes) for region in regions]
     number = {name: k for k, name in enumerate(truth.classes)}
     classes = np.array([number[name] for name in names], dtype=np.int64)
@@ -308,17 +320,19 @@ def _naming_metrics(
     size_hits = top1_hits(own, [sizes.index(region.attributes["size"]) for region in regions])
     new = [k for k, r in enumerate(regions) if (r.attributes["shape"], r.attributes["colour"]) in truth.heldout]
     return {
-        "region_top1": mean_metric(hits, images, seed=settings.seed),
-        "region_macc": class_mean_metric(hits, names, images, seed=settings.seed),
-        "region_top1_heldout": mean_metric(hits[new], [images[k] for k in new], seed=settings.seed),
-        "region_size_acc": mean_metric(size_hits, images, seed=settings.seed),
+        "region_top1": mean_metric(hits, images, seed=settings.seed, keys=keys),
+        "region_macc": class_mean_metric(hits, names, images, seed=settings.seed, keys=keys),
+        "region_top1_heldout": mean_metric(
+            hits[new], [images[k] for k in new], seed=settings.seed, keys=[keys[k] for k in new]
+        ),
+        "region_size_acc": mean_metric(size_hits, images, seed=settings.seed, keys=keys),
     }
 
 
 def _retrieval_metrics(
     embeds: torch.Tensor,
     rows: Sequence[int],
-    regions: Sequence[Region],
+    split: RegionSplit,
     bank: TextBank,
     pools: Sequence[Sequence[int]],
     settings: EncoderSettings,
@@ -326,27 +340,27 @@ def _retrieval_metrics(
     """R@1 between regions and texts inside each pool; a text is right for every region it truly describes."""
     place = {row: k for k, row in enumerate(rows)}
     hits: dict[str, list[NDArray[np.bool_]]] = {"region_r2t_r1": [], "region_t2r_r1": []}
-    images: list[int] = []
+    images: list[str] = []
     for pool in pools:
-        mine = [regions[row] for row in pool]
+        mine, found_in, _ = seen_regions(split, pool)
         texts = [region.text for region in mine]
         right = describes(texts, [region.attributes for region in mine]).T
         similarity = similarity_of(embeds[[place[row] for row in pool]], bank[texts])
         hits["region_r2t_r1"].append(recall_hits(similarity, right))
         hits["region_t2r_r1"].append(recall_hits(similarity.T, right.T))
-        images += [region.image for region in mine]
+        images += found_in
     return {
         name: mean_metric(np.concatenate(parts) if parts else [], images, seed=settings.seed)
         for name, parts in hits.items()
     }
 
 
-def _localizer_metrics(found: Located, regions: Sequence[Region], settings: EncoderSettings) -> Metrics:
-    images = [region.image for region in regions]
+def _localizer_metrics(found: Located, rows: Sequence[int], split: RegionSplit, settings: EncoderSettings) -> Metrics:
+    regions, images, keys = seen_regions(split, rows)
     truth = np.array([region.box for region in regions], dtype=np.float64).reshape(-1, 4)
     ious = box_ious(found.boxes, truth)
     return {
-        "pointing": mean_metric(pointing_hits(found.points, truth), images, seed=settings.seed),
-        "acc50": mean_metric(ious >= 0.5, images, seed=settings.seed),
-        "mean_iou": mean_metric(ious, images, seed=settings.seed),
+        "pointing": mean_metric(pointing_hits(found.points, truth), images, seed=settings.seed, keys=keys),
+        "acc50": mean_metric(ious >= 0.5, images, seed=settings.seed, keys=keys),
+        "mean_iou": mean_metric(ious, images, seed=settings.seed, keys=keys),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -69,6 +70,12 @@ class RegionSplit:
     regions: list[Region]
     dataset: RegionTextDataset
     rows: list[int]
+
+    @property
+    def image_keys(self) -> list[str]:
+        """(B,) what images are resampled and paired by: the ids, numbered where several images have the same."""
+        times = Counter(self.ids)
+        return [one if times[one] == 1 else f"{one} ({number})" for number, one in enumerate(self.ids)]
 
     def pictures(self, batch_size: int) -> Iterator[tuple[range, list[Image.Image]]]:
         """Decode the pictures in batches: which images they are, and the RGB pictures."""

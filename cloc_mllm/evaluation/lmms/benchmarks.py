@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from cloc_mllm.evaluation.reporting.known_splits import KNOWN_EXPRESSIONS
 
@@ -49,16 +50,21 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 """What `tasks=gqa,pope` may name beside lmms-eval's own names."""
 
+_SEGMENT = "captioning of a region with its outline drawn (CIDEr), not segmentation"
+
 TASK_NOTES = {
     "refcoco_bbox_rec_val": _MIXED,
     "refcoco_bbox_rec_test": _MIXED,
     "refcocog_bbox_rec_val": _MIXED,
-    **{f"refcoco{plus}_bbox_{split}": _CAPTION for plus in ("", "+") for split in ("val", "testA", "testB")},
-    **{f"refcocog_bbox_{split}": _CAPTION for split in ("val", "test")},
-    **{f"refcoco_grounding_{split}": _JSON for split in ("test", "testA", "testB")},
-    **{f"refcoco_plus_grounding_{split}": _JSON for split in ("testA", "testB")},
-    "refcocog_grounding_test": _JSON,
+    "refcoco*_bbox_rec_*": _REC,
+    "refcoco*_bbox_*": _CAPTION,
+    "refcoco*_seg_*": _SEGMENT,
+    "refcoco*_grounding_*": _JSON,
 }
+"""By pattern of the task's name; the first that fits counts."""
+
+ZERO_BOXES = ("refcoco*_bbox_rec_*", "refcoco*_grounding_*")
+"""Shipped tasks that take an answer without a readable box for the box [0, 0, 0, 0]."""
 
 KNOWN_SIZES = {
     "gqa": 12_578,
@@ -112,6 +118,9 @@ JUDGED = {
 """The judged tasks whose failed calls can be told from their samples. No other judged task is run: lmms-eval averages
 a failed call as if it were a score, up to 100 where all of them failed."""
 
+SHEETS = "mmbench*"
+"""The tasks whose metric `submission` is a spreadsheet, written by openpyxl when all questions have been answered."""
+
 STATIC = ("mmbench_en_dev_static",)
 """Tasks whose metrics are named after a judge they do not ask."""
 
@@ -124,4 +133,4 @@ def needs_judge(task: str, metrics: list[str]) -> bool:
 def note_on(task: str) -> str:
     """Return what a reader of a task's figures must know, or nothing."""
     by_benchmark = next((one.note for one in BENCHMARKS.values() if task in one.tasks), "")
-    return TASK_NOTES.get(task, by_benchmark)
+    return next((note for pattern, note in TASK_NOTES.items() if fnmatchcase(task, pattern)), by_benchmark)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.lmms.benchmarks import JUDGED, KNOWN_SIZES, POINTS, note_on
+from cloc_mllm.evaluation.lmms.benchmarks import JUDGED, KNOWN_SIZES, POINTS, ZERO_BOXES, note_on
 from cloc_mllm.evaluation.lmms.runs import Found
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric, mean_metric
@@ -78,15 +79,22 @@ def dataset_of(found: Found) -> DatasetRef:
     return DatasetRef("lmms-eval", ", ".join(names), asked, asked, unit="questions")
 
 
-def unparsed_of(found: Found) -> float:
-    """The share of answers without a readable box, of the questions that ask for one and say so."""
-    flags = [
-        sample["metrics"]["unparsed"]["score"]
-        for samples in found.samples.values()
-        for sample in samples
-        if isinstance(sample["metrics"].get("unparsed"), Mapping)
-    ]
-    return float(np.mean(flags)) if flags else 0.0
+def unparsed_of(found: Found) -> float | None:
+    """The share of answers without a readable box, of the questions that ask for one and say so; None if none does."""
+    flags = [_unread(task, sample) for task, samples in found.samples.items() for sample in samples]
+    known = [flag for flag in flags if flag is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _unread(task: str, sample: Mapping[str, Any]) -> bool | None:
+    """Whether no box could be read in an answer; None where the sample does not tell, or no box is asked for."""
+    own = sample["metrics"].get("unparsed")
+    if isinstance(own, Mapping):
+        return bool(own["score"])
+    if not any(fnmatchcase(task, pattern) for pattern in ZERO_BOXES):
+        return None
+    told = [entry["pred"] for entry in sample["metrics"].values() if isinstance(entry, Mapping) and "pred" in entry]
+    return not any(told[0]) if told else None
 
 
 def answers_of(found: Found) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.lmms.benchmarks import BENCHMARKS, JUDGED, MEANS, needs_judge
+from cloc_mllm.evaluation.lmms.benchmarks import BENCHMARKS, JUDGED, MEANS, SHEETS, needs_judge
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 _PACKAGES = ("lmms_eval", "evaluate", "pytablewriter", "sacrebleu", "sklearn", "loguru", "tenacity")
@@ -178,7 +179,7 @@ def find_tasks(run: Run) -> tuple[Any, list[str]]:
         lmms-eval's `TaskManager`, and the names as it knows them.
 
     Raises:
-        ClocError: There is no such task, or it needs a judge that there is not.
+        ClocError: There is no such task, or it needs a judge or a package that there is not.
     """
     import lmms_eval
     from lmms_eval.tasks import TaskManager
@@ -206,6 +207,7 @@ def find_tasks(run: Run) -> tuple[Any, list[str]]:
             )
         for leaf, config in _leaves(manager, name):
             _require_judge(leaf, config, run)
+            _require_sheets(leaf, config)
     return manager, list(dict.fromkeys(names))
 
 
@@ -240,6 +242,16 @@ def _require_judge(task: str, config: Mapping[str, Any], run: Run) -> None:
         raise ClocError(
             f"the task '{task}' is scored by a judge, and there is none",
             remedy=f"Set {run.judge_key_variable}, or name an OpenAI-compatible server: --set judge=http://host:8000/v1.",
+        )
+
+
+def _require_sheets(task: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task that would fail once all is answered, because what it writes then needs a package."""
+    writes = any(one["metric"] == "submission" for one in config.get("metric_list") or ())
+    if writes and fnmatchcase(task, SHEETS) and find_spec("openpyxl") is None:
+        raise ClocError(
+            f"the task '{task}' writes a spreadsheet, and openpyxl is not installed",
+            remedy="Install it: pip install openpyxl.",
         )
 
 

@@ -20,13 +20,15 @@ from cloc_mllm.evaluation.reporting.gallery import Picture, Pictures, draw_answe
 from cloc_mllm.evaluation.reporting.html import metric_bar, percent
 from cloc_mllm.evaluation.reporting.report import plain
 from cloc_mllm.evaluation.reporting.scores import read_scores
+from cloc_mllm.evaluation.scoring.metrics import check_seed
 from cloc_mllm.evaluation.scoring.paired import Difference, paired_difference
 from cloc_mllm.pages.charts import difference_chart
 from cloc_mllm.pages.drawing import PALETTE
 from cloc_mllm.pages.page import page_environment
 
 _SAME = ("suite", "frame")
-_SAME_DATA = ("name", "split", "n", "unit")
+_SAME_DATA = ("name", "split", "n", "of", "unit", "seed")
+_SAME_IF_KNOWN = ("kind",)
 _GALLERY = 12
 _SIGNIFICANT = 0.05
 
@@ -62,8 +64,10 @@ def compare_reports(
         first), or ``why_not`` where the items are not the same.
 
     Raises:
-        ClocError: The reports are not of one suite on the same data, or have nothing in common.
+        ClocError: The reports are not of one suite on the same data, or have nothing in common; or there is no such
+            seed.
     """
+    check_seed(seed)
     sides = _open_sides(first, second)
     scores = [read_scores(side.folder) for side in sides]
     metrics: dict[str, Any] = {}
@@ -107,9 +111,10 @@ def _open_sides(first: str | PathLike[str], second: str | PathLike[str]) -> list
                 f"the reports differ in '{key}' ({reports[0][key]} and {reports[1][key]}): nothing to compare",
                 file=folders[1],
             )
-    for key in _SAME_DATA:
+    for key in (*_SAME_DATA, *_SAME_IF_KNOWN):
         mine, other = (report["dataset"].get(key) for report in reports)
-        if mine != other:
+        # Reports of older versions lack some: what one side alone says contradicts nothing.
+        if mine != other and not (key in _SAME_IF_KNOWN and None in (mine, other)):
             raise ClocError(
                 f"the models were measured on different data: '{key}' is {mine} and {other}",
                 file=folders[1],
@@ -176,7 +181,7 @@ def render_markdown(comparison: Mapping[str, Any]) -> str:
                 f"{100 * entry['value']:+.1f}{mark}",
                 f"{100 * low:+.1f} to {100 * high:+.1f}",
                 f"{entry['p_value']:.4f}",
-                f"{entry['better']} / {entry['worse']} / {entry['equal']}",
+                f"{entry['better']} / {entry['worse']} / {entry['equal']}{_of_common(row)}",
             ]
         else:
             cells += ["–", row["why_not"], "–", "–"]
@@ -190,6 +195,12 @@ def render_markdown(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _of_common(row: Mapping[str, Any]) -> str:
+    """On how many items models that saw different ones were compared: the values beside it are each model's own."""
+    n = row["difference"]["n"]
+    return "" if n == row["first"]["n"] == row["second"]["n"] else f" (the {n} items that both saw)"
+
+
 def _render_html(comparison: Mapping[str, Any], sides: Sequence[Side]) -> str:
     # Blue and green are taken: by what was asked about, and by the truth.
     colours = {side.name: colour for side, colour in zip(sides, (PALETTE[3], PALETTE[0]), strict=True)}
@@ -199,7 +210,7 @@ def _render_html(comparison: Mapping[str, Any], sides: Sequence[Side]) -> str:
         [(name, 100 * row["value"], 100 * row["ci95"][0], 100 * row["ci95"][1]) for name, row in rows.items()],
     )
     environment = page_environment("cloc_mllm.evaluation.reporting")
-    environment.filters |= {"percent": percent, "verdict": verdict, "bar": metric_bar}
+    environment.filters |= {"percent": percent, "verdict": verdict, "bar": metric_bar, "of_common": _of_common}
     return environment.get_template("comparison.html.j2").render(
         comparison=comparison,
         names=[side.name for side in sides],

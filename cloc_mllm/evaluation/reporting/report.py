@@ -73,7 +73,7 @@ class DatasetRef:
             "of": self.total,
             "unit": self.unit,
         }
-        known = {"path": self.path, "kind": self.kind}
+        known = {"path": self.path, "kind": self.kind, "seed": self.seed if self.n < self.total else None}
         return {**found, **{key: value for key, value in known.items() if value is not None}}
 
 
@@ -96,7 +96,7 @@ def build_report(
     metrics: Mapping[str, Metric],
     seconds: float,
     command: str,
-    unparsed: float = 0.0,
+    unparsed: float | None = 0.0,
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put one evaluation into the form of ``report.json``.
@@ -108,7 +108,8 @@ def build_report(
         metrics: The numbers.
         seconds: Wall-clock time of the evaluation, loading included.
         command: The command that repeats it.
-        unparsed: Share of the answers with boxes that could not be read; 0 where no box is read from text.
+        unparsed: Share of the answers with boxes that could not be read; 0 where no box is read from text, and None
+            where that was not counted.
         details: What else a reader needs: the read-outs side by side, choices and what they were made on, baselines.
 
     Returns:
@@ -120,7 +121,7 @@ def build_report(
         "dataset": dataset.to_dict(),
         "frame": FRAME,
         "metrics": {name: metric.to_dict() for name, metric in metrics.items()},
-        "unparsed": round(unparsed, 6),
+        "unparsed": None if unparsed is None else round(unparsed, 6),
         "versions": versions(),
         "seconds": round(seconds, 2),
         "command": command,
@@ -187,7 +188,7 @@ def _join_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean_end(ends: Sequence[float | None]) -> float | None:
-    """The mean of one end of the seeds' intervals; None where a metric has no interval."""
+    """The mean of one end of the seeds' intervals, or of their `unparsed`; None where some seed has none."""
     known = [end for end in ends if end is not None]
     return round(statistics.fmean(known), 6) if len(known) == len(ends) else None
 
@@ -207,7 +208,7 @@ def aggregate_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **reports[0],
         "model": [report["model"] for report in reports],
         "metrics": aggregate_metrics([report["metrics"] for report in reports]),
-        "unparsed": round(statistics.fmean(report["unparsed"] for report in reports), 6),
+        "unparsed": _mean_end([report["unparsed"] for report in reports]),
         "seconds": round(sum(report["seconds"] for report in reports), 2),
         "command": [report["command"] for report in reports],
         "details": [report["details"] for report in reports],
@@ -232,12 +233,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     """Write the report for a reader: what was measured, the table of metrics, every table of the details."""
     dataset = report["dataset"]
     models = report["model"] if isinstance(report["model"], list) else [report["model"]]
+    unread = "not counted" if report["unparsed"] is None else f"{report['unparsed']:.1%}"
     commands = report["command"] if isinstance(report["command"], list) else [report["command"]]
     lines = [
         f"# {report['suite']}: {', '.join(models)}",
         "",
         f"On {dataset['name']}, split {dataset['split']}, {dataset['n']} {dataset['unit']}; {report['frame']}. "
-        f"Unreadable answers: {report['unparsed']:.1%}. Took {report['seconds']:.1f} s.",
+        f"Unreadable answers: {unread}. Took {report['seconds']:.1f} s.",
         "",
         *_metric_table(report["metrics"]),
         "",

@@ -13,7 +13,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.scoring.metrics import Items, Metric
 
 SCORES_FILE = "scores.npz"
-_PARTS = ("scores", "images", "classes", "weights")
+_PARTS = ("scores", "images", "classes", "weights", "keys")
 
 
 def write_scores(metrics: Mapping[str, Metric], folder: str | PathLike[str]) -> Path | None:
@@ -32,6 +32,8 @@ def write_scores(metrics: Mapping[str, Metric], folder: str | PathLike[str]) -> 
             arrays[f"{name}/classes"] = np.array(metric.items.classes)
         if metric.items.weights is not None:
             arrays[f"{name}/weights"] = metric.items.weights
+        if metric.items.keys is not None:
+            arrays[f"{name}/keys"] = np.array(metric.items.keys)
     if not arrays:
         return None
     path = Path(folder) / SCORES_FILE
@@ -63,6 +65,7 @@ def read_scores(folder: str | PathLike[str]) -> dict[str, Items]:
                 tuple(parts["images"].tolist()),
                 tuple(parts["classes"].tolist()) if "classes" in parts else None,
                 parts.get("weights"),
+                tuple(parts["keys"].tolist()) if "keys" in parts else None,
             )
             for name, parts in found.items()
         }

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cloc_mllm.errors import ClocError
+
 BOOTSTRAP_RESAMPLES = 1000
 
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -38,12 +40,15 @@ class Items:
         images: (N,) what each item was seen in.
         classes: (N,) for a mean over classes, the class of each item; else None.
         weights: (N,) what the sum of the scores is divided by the sum of; None for one each.
+        keys: (N,) what tells each item from all others, so that two models which saw different items can be compared
+            on those that both saw; None where all see the same.
     """
 
     scores: NDArray[np.float64]
     images: tuple[str, ...]
     classes: tuple[str, ...] | None = None
     weights: NDArray[np.float64] | None = None
+    keys: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,32 +270,55 @@ def mean_box(boxes: ArrayLike, sizes: ArrayLike) -> NDArray[np.float64]:
     return (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) / scale).mean(axis=0)
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what NumPy's generators do not take as a seed, or take as "another one each time".
+
+    Raises:
+        ClocError: It is no whole number from 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ClocError(f"seed is {seed!r}, not a whole number from 0")
+
+
 # --- from hits to a metric ---------------------------------------------------------------------------------------
 
 
-def mean_metric(hits: ArrayLike, images: Sequence[Hashable], *, seed: int = 0) -> Metric:
+def mean_metric(
+    hits: ArrayLike, images: Sequence[Hashable], *, seed: int = 0, keys: Sequence[Hashable] | None = None
+) -> Metric:
     """Average hits (or any per-item scores) and bootstrap the mean over images.
 
     Args:
         hits: (N,) booleans or floats.
         images: (N,) what each item was seen in; items of one image are resampled together.
         seed: Of the resampling.
+        keys: (N,) what tells each item from all others, where models may see different ones.
 
     Returns:
         The metric; with no item at all its value and interval are NaN and n is 0.
     """
-    return _ratio_metric(Items(np.asarray(hits, dtype=np.float64), tuple(map(str, images))), seed)
+    scores = np.asarray(hits, dtype=np.float64)
+    return _ratio_metric(Items(scores, tuple(map(str, images)), keys=_keys(keys)), seed)
 
 
 def class_mean_metric(
-    hits: ArrayLike, classes: Sequence[Hashable], images: Sequence[Hashable], *, seed: int = 0
+    hits: ArrayLike,
+    classes: Sequence[Hashable],
+    images: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    keys: Sequence[Hashable] | None = None,
 ) -> Metric:
     """Average hits inside each class, then over the classes that occur (mAcc), with an interval over images.
 
     A class that a resample happens to miss is left out of that resample's mean, as absent classes are of the value.
     """
     scores = np.asarray(hits, dtype=np.float64)
-    return _ratio_metric(Items(scores, tuple(map(str, images)), tuple(map(str, classes))), seed)
+    return _ratio_metric(Items(scores, tuple(map(str, images)), tuple(map(str, classes)), keys=_keys(keys)), seed)
+
+
+def _keys(keys: Sequence[Hashable] | None) -> tuple[str, ...] | None:
+    return None if keys is None else tuple(map(str, keys))
 
 
 def relative_metric(

@@ -24,7 +24,7 @@ class Difference:
         p_value: Share of random swaps of the two models, image by image, that give a difference at least as large in
             either direction (a paired randomisation test; one is counted for the data themselves, so it is never 0).
         better, worse, equal: Items on which the second model's score is higher, lower, the same.
-        n: Number of items.
+        n: Number of items that both models saw.
     """
 
     value: float
@@ -37,16 +37,18 @@ class Difference:
 
 
 def paired_difference(first: Items, second: Items, *, seed: int = 0) -> Difference:
-    """Compare two models on the same items.
+    """Compare two models on the same items, or on those that both saw if the items say which is which.
 
     Args:
         first: The first model's items.
-        second: The second's, in the same order.
+        second: The second's: the same in the same order, or others with ``keys``.
         seed: Of resamples and swaps.
 
     Raises:
-        ClocError: They are not the same items.
+        ClocError: They are not the same items, or have none in common.
     """
+    if first.keys != second.keys and first.keys is not None and second.keys is not None:
+        first, second = _in_common(first, second)
     if first.images != second.images or first.classes != second.classes:
         raise ClocError("the two models were not measured on the same items in the same order")
     if not np.array_equal(_weights(first), _weights(second)):
@@ -71,6 +73,26 @@ def paired_difference(first: Items, second: Items, *, seed: int = 0) -> Differen
         int((gain == 0).sum()),
         len(gain),
     )
+
+
+def _in_common(first: Items, second: Items) -> tuple[Items, Items]:
+    """Leave the items that both sides have, in the order of the first: a read-out may see a drawn part only."""
+    places = [{key: k for k, key in enumerate(items.keys or ())} for items in (first, second)]
+    if any(len(place) < len(items.keys or ()) for place, items in zip(places, (first, second), strict=True)):
+        raise ClocError("the two models saw different items, and several of one model have the same key")
+    both = [key for key in places[0] if key in places[1]]
+    if not both:
+        raise ClocError("the two models were not measured on the same items: they have none in common")
+    mine, other = (_rows(items, [place[k] for k in both]) for items, place in zip((first, second), places, strict=True))
+    return mine, other
+
+
+def _rows(items: Items, rows: list[int]) -> Items:
+    def some(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if names is None else tuple(names[k] for k in rows)
+
+    weights = None if items.weights is None else items.weights[rows]
+    return Items(items.scores[rows], some(items.images) or (), some(items.classes), weights, some(items.keys))
 
 
 def _weights(items: Items) -> NDArray[np.float64]:

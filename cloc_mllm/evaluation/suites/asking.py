@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
@@ -66,6 +66,28 @@ def load_answerer(options: EvalOptions, settings: AskingSettings, *, needs_boxes
     return StockAnswerer.from_pretrained(
         options.model, settings.boxes, options.device, trust_remote_code=options.trust_remote_code
     )
+
+
+def refuse_asking(options: EvalOptions, settings: AskingSettings) -> None:
+    """Refuse what only someone who is asked could heed, where an encoder searches.
+
+    Args:
+        options: Of the run.
+        settings: The suite's; ``images`` and ``of`` say what is searched, all others how it is asked for.
+
+    Raises:
+        ClocError: Something of that kind is not as it is by default.
+    """
+    plain = {one.name: one.default for one in [*fields(settings), *fields(options)]}
+    given = {one.name: getattr(settings, one.name) for one in fields(settings) if one.name not in ("images", "of")}
+    given |= {name: getattr(options, name) for name in ("max_new_tokens", "trust_remote_code")}
+    for name, value in given.items():
+        if value != plain[name]:
+            raise ClocError(
+                f"{name.replace('_', '-') if hasattr(options, name) else name} is for MLLMs: an encoder is not asked, "
+                f"it searches for the words themselves",
+                remedy=f"Leave it out, or at its default ({plain[name]!r}).",
+            )
 
 
 def mllm_settings(options: EvalOptions) -> MllmSettings:

@@ -72,8 +72,16 @@ class DetectionSettings:
         templates_of(self.templates)
         if self.backend not in BACKENDS:
             raise ClocError(f"there is no backend '{self.backend}'", remedy=f"Choose one of {', '.join(BACKENDS)}.")
-        if not isinstance(self.resamples, int) or self.resamples < 0:
+        if self.resamples < 0:
             raise ClocError(f"resamples is {self.resamples!r}, not a whole number from 0")
+        if self.score not in ("auto", "softmax", "sigmoid"):
+            raise ClocError(f"score is '{self.score}'", remedy="It is auto, softmax or sigmoid.")
+        if self.most < 1:
+            raise ClocError(f"most is {self.most}, not a positive whole number")
+        if self.nms is not None and not 0 <= self.nms <= 1:
+            raise ClocError(f"nms is {self.nms}, not a share from 0 to 1")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ClocError(f"temperature is {self.temperature}, not a positive number")
         if self.annotations is not None and self.categories not in ("auto", OV_COCO):
             raise ClocError("with annotations, the categories are those of the file", remedy="Leave categories out.")
 
@@ -178,11 +186,12 @@ def _as_results(found: Sequence[Detected], ids: Sequence[int]) -> Iterable[dict[
             yield {"image_id": number, "category_id": ids[kind], "bbox": row, "score": score}
 
 
-def _proposal_hits(split: RegionSplit, proposed: Sequence[Proposals]) -> tuple[list[bool], list[int]]:
+def _proposal_hits(split: RegionSplit, proposed: Sequence[Proposals]) -> tuple[list[bool], list[str]]:
     """Whether some proposal overlaps each true box by an IoU of 0.5, and each one's image: no detector finds more."""
     hits: list[bool] = []
     for region in split.regions:
         boxes = torch.from_numpy(proposed[region.image].boxes)
         true = torch.tensor([region.box], dtype=torch.float64)
         hits.append(bool((box_iou(true, boxes) >= 0.5).any()))
-    return hits, [region.image for region in split.regions]
+    keys = split.image_keys
+    return hits, [keys[region.image] for region in split.regions]

@@ -78,7 +78,8 @@ def load_easy_vqa(
         samples.append({"id": raw["id"], "messages": [turn], "task": "vqa", "kind": kind, "answer": answer})
     chosen = draw(len(samples), limit, seed)
     # The known size counts, so that a file that lacks questions is not called by the split's name.
-    ref = DatasetRef("easy-vqa", split, len(chosen), max(SPLITS[split][1], len(samples)), seed, "questions")
+    drawn = seed if len(chosen) < len(samples) else None
+    ref = DatasetRef("easy-vqa", split, len(chosen), max(SPLITS[split][1], len(samples)), drawn, "questions")
     questions = []
     for row in chosen:
         one = samples[row]

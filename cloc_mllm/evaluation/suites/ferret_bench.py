@@ -186,7 +186,8 @@ def load_bench(folder: str | Path, pictures: str | Path, limit: int | None = Non
     found = sum(len(questions) for questions in by_category.values())
     total = max(found, QUESTIONS_OF_EACH * len(CATEGORIES))
     rules = _read_rules(Path(folder) / "rule.json")
-    ref = DatasetRef("ferret-bench", "all", len(chosen), total, seed, "questions")
+    drawn = seed if len(chosen) < found else None
+    ref = DatasetRef("ferret-bench", "all", len(chosen), total, drawn, "questions")
     return Bench(ref, chosen, Path(pictures), rules or RULES, rules is None)
 
 

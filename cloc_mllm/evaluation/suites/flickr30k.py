@@ -32,6 +32,7 @@ from cloc_mllm.evaluation.suites.asking import (
     load_answerer,
     mllm_settings,
     question,
+    refuse_asking,
 )
 from cloc_mllm.evaluation.suites.encoder_grounding import locate_texts
 from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, model_type, settings_of
@@ -81,6 +82,7 @@ def run(options: EvalOptions) -> Outcome:
         raise ClocError("the pictures of Flickr30k are not named", remedy="Add --set images=DIR.")
     captions = load_captions(options.data_path, settings.images, options.split or "test", options.limit, options.seed)
     if model_type(options.model) == ENCODER:
+        refuse_asking(options, settings)
         data = as_regions(captions)
         return score_located(captions, locate_texts(options, data, range(len(data.regions))), options.seed)
     return evaluate_flickr30k(load_answerer(options, settings), captions, settings, mllm_settings(options))
@@ -160,7 +162,8 @@ def load_captions(
     captions = [caption for image in chosen for caption in _captions(source, image, counts)]
     if not captions:
         raise ClocError("no phrase of the split has a box", file=source.files[0])
-    ref = DatasetRef("flickr30k-entities", split, len(chosen), known, seed)
+    drawn = seed if len(chosen) < len(ids) else None
+    ref = DatasetRef("flickr30k-entities", split, len(chosen), known, drawn)
     return CaptionSplit(ref, captions, Path(pictures), dict(counts))
 
 
@@ -217,7 +220,7 @@ def evaluate_flickr30k(
         boxes = boxes_of_phrases([phrase.text for phrase in some], answer)
         phrases, given, images = phrases + some, given + boxes, images + [caption.image] * len(some)
         picture = picture_in(split.pictures, f"{caption.image}.jpg")
-        records.append(_record(caption, some, boxes, answer) | {"picture": str(picture)})
+        records.append(_record(caption, some, boxes) | answer_record(answer) | {"picture": str(picture)})
     ranks = {protocol: first_right(phrases, given, protocol) for protocol in PROTOCOLS}
     details = {
         "grounding_mode": grounding_mode(answerer),
@@ -226,6 +229,12 @@ def evaluate_flickr30k(
             "question": settings.words([PHRASES]),
             "questions": len(asked),
             "suffix": settings.suffix or "none",
+        },
+        "answers": {
+            "boxes whose phrase is said within other words": sum(
+                said_within([phrase.text for phrase in some], answer)
+                for (_, some), answer in zip(asked, answers, strict=True)
+            )
         },
         "counts": split.counts,
         "types": _by_type(phrases, ranks, images, asking.seed),
@@ -275,15 +284,23 @@ def score_located(split: CaptionSplit, located: Mapping[str, Sequence[Sequence[f
         "counts": split.counts,
         "types": _by_type(phrases, ranks[headline], images, seed),
     }
-    return Outcome(split.ref, scored[headline], details)
+    whose = [caption for caption in split.captions for _ in caption.phrases]
+    records = [
+        _record(caption, [phrase], [[box]])
+        | {"answer": headline, "boxes": [{"phrase": phrase.text, "box": list(box)}]}
+        | {"picture": str(picture_in(split.pictures, f"{caption.image}.jpg"))}
+        for caption, phrase, box in zip(whose, phrases, located[headline], strict=True)
+    ]
+    return Outcome(split.ref, scored[headline], details, answers=records)
 
 
 def boxes_of_phrases(phrases: Sequence[str], answer: Answered) -> list[list[Sequence[float]]]:
     """Share the boxes of an answer out among the phrases that were asked for.
 
-    A box belongs to the phrase said before it, compared without case, punctuation and articles; where one phrase alone
-    was asked for, every box is its. A phrase that was asked for several times (two men, each "a man") gets the j-th box
-    said for it the j-th time if there are as many boxes as times, else all of them each time.
+    A box belongs to the phrase said before it, compared without case, punctuation and articles: the longest of those
+    asked for that the words before the box end with, so "The locations are a man [..]" is a man's. Where one phrase
+    alone was asked for, every box is its. A phrase that was asked for several times (two men, each "a man") gets the
+    j-th box said for it the j-th time if there are as many boxes as times, else all of them each time.
 
     Args:
         phrases: What was asked for, in order.
@@ -294,10 +311,10 @@ def boxes_of_phrases(phrases: Sequence[str], answer: Answered) -> list[list[Sequ
     """
     if len(phrases) == 1:
         return [[found["box"] for found in answer.boxes]]
-    said: dict[str, list[Sequence[float]]] = {}
-    for found in answer.boxes:
-        said.setdefault(normalise_answer(found.get("phrase", "")), []).append(found["box"])
+    said: dict[str | None, list[Sequence[float]]] = {}
     keys = [normalise_answer(phrase) for phrase in phrases]
+    for found in answer.boxes:
+        said.setdefault(_meant(normalise_answer(found.get("phrase", "")), keys), []).append(found["box"])
     times, met = Counter(keys), Counter[str]()
     shared = []
     for key in keys:
@@ -305,6 +322,20 @@ def boxes_of_phrases(phrases: Sequence[str], answer: Answered) -> list[list[Sequ
         shared.append([mine[met[key]]] if len(mine) == times[key] else list(mine))
         met[key] += 1
     return shared
+
+
+def said_within(phrases: Sequence[str], answer: Answered) -> int:
+    """Count the boxes of an answer that belong to a phrase said within other words; see :func:`boxes_of_phrases`."""
+    if len(phrases) == 1:
+        return 0
+    keys = [normalise_answer(phrase) for phrase in phrases]
+    said = [normalise_answer(found.get("phrase", "")) for found in answer.boxes]
+    return sum(words not in keys and _meant(words, keys) is not None for words in said)
+
+
+def _meant(said: str, keys: Sequence[str]) -> str | None:
+    """The longest of the keys that some words end with, a whole number of words; None if there is none."""
+    return max((key for key in keys if key and f" {said}".endswith(f" {key}")), key=len, default=None)
 
 
 def first_right(
@@ -351,9 +382,8 @@ def _by_type(
     return found
 
 
-def _record(
-    caption: Caption, phrases: Sequence[Wanted], boxes: Sequence[Sequence[Any]], answer: Answered
-) -> dict[str, Any]:
+def _record(caption: Caption, phrases: Sequence[Wanted], boxes: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """What `answers.jsonl` says of a question, whoever looked for its phrases."""
     told = [
         {"phrase": phrase.text, "types": list(phrase.types), "truth": phrase.boxes, "boxes": [list(b) for b in mine]}
         for phrase, mine in zip(phrases, boxes, strict=True)
@@ -365,4 +395,4 @@ def _record(
         "score": float(hits.mean()),
         "right": bool(hits.all()),
     }
-    return {"id": caption.image, "caption": caption.number, "phrases": told} | shown | answer_record(answer)
+    return {"id": caption.image, "caption": caption.number, "phrases": told} | shown

@@ -24,6 +24,7 @@ from cloc_mllm.evaluation.suites.asking import (
     load_answerer,
     mllm_settings,
     question,
+    refuse_asking,
 )
 from cloc_mllm.evaluation.suites.encoder_grounding import locate_texts
 from cloc_mllm.evaluation.suites.options import ENCODER, EvalOptions, Outcome, model_type, settings_of
@@ -67,6 +68,7 @@ def run(options: EvalOptions) -> Outcome:
     data = load_region_split(options.data_path, split=options.split or "all", seed=options.seed)
     expressions = load_expressions(data, settings.of, options.limit, options.seed)
     if model_type(options.model) == ENCODER:
+        refuse_asking(options, settings)
         return score_located(expressions, locate_texts(options, data, expressions.rows), options.seed)
     return evaluate_grounding(load_answerer(options, settings), expressions, settings, mllm_settings(options))
 
@@ -181,7 +183,7 @@ def evaluate_grounding(
         "baselines": _baselines(regions, data, asking.seed),
     }
     unparsed = sum(not answer.boxes for answer in answers) / len(answers)
-    return Outcome(expressions.ref, _metrics(ious, regions, asking.seed), details, unparsed, records)
+    return Outcome(expressions.ref, _metrics(ious, regions, data, asking.seed), details, unparsed, records)
 
 
 def score_located(expressions: Expressions, located: Mapping[str, Sequence[Sequence[float]]], seed: int = 0) -> Outcome:
@@ -194,7 +196,7 @@ def score_located(expressions: Expressions, located: Mapping[str, Sequence[Seque
     """
     regions, data = expressions.regions, expressions.data
     truth = [region.box for region in regions]
-    scored = {name: _metrics(box_ious(boxes, truth), regions, seed) for name, boxes in located.items()}
+    scored = {name: _metrics(box_ious(boxes, truth), regions, data, seed) for name, boxes in located.items()}
     headline = next(iter(scored))
     details = {
         "choices": {"made_on": "nothing", "localizer": headline},
@@ -225,9 +227,10 @@ def _record(data: RegionSplit, region: Region, iou: float) -> dict[str, Any]:
     }
 
 
-def _metrics(ious: Any, regions: Sequence[Region], seed: int) -> dict[str, Metric]:
+def _metrics(ious: Any, regions: Sequence[Region], data: RegionSplit, seed: int) -> dict[str, Metric]:
     """Accuracy at each threshold, the usual one first, and the mean IoU; resampled by picture."""
-    images = [region.image for region in regions]
+    ids = data.image_keys
+    images = [ids[region.image] for region in regions]
     found = {f"grounding_acc{100 * at:.0f}": mean_metric(ious >= at, images, seed=seed) for at in THRESHOLDS}
     return {
         "grounding_acc50": found.pop("grounding_acc50"),
@@ -239,5 +242,5 @@ def _metrics(ious: Any, regions: Sequence[Region], seed: int) -> dict[str, Metri
 def _baselines(regions: Sequence[Region], data: RegionSplit, seed: int) -> dict[str, Any]:
     """The answer that needs no looking: the whole picture."""
     whole = np.array([[0, 0, *data.sizes[region.image]] for region in regions], dtype=np.float64)
-    scored = _metrics(box_ious(whole, [region.box for region in regions]), regions, seed)
+    scored = _metrics(box_ious(whole, [region.box for region in regions]), regions, data, seed)
     return {name: {"majority": metric, "answers": {"always": "the whole picture"}} for name, metric in scored.items()}

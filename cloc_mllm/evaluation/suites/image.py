@@ -124,15 +124,14 @@ def classify(
     """
     settings = settings or EncoderSettings()
     embeds = embed_whole(encoder, _labelled_batches(images, settings.batch_size), len(images), settings)
-    rows = range(len(images))
 
     def measured(with_templates: Sequence[str]) -> Metrics:
         scores = similarity_of(embeds, class_embeddings(encoder, names, with_templates))
         top1 = topk_hits(scores, images.labels)
         return {
-            "image_top1": mean_metric(top1, rows, seed=settings.seed),
-            "image_top5": mean_metric(topk_hits(scores, images.labels, 5), rows, seed=settings.seed),
-            "image_macc": class_mean_metric(top1, images.labels, rows, seed=settings.seed),
+            "image_top1": mean_metric(top1, images.ids, seed=settings.seed),
+            "image_top5": mean_metric(topk_hits(scores, images.labels, 5), images.ids, seed=settings.seed),
+            "image_macc": class_mean_metric(top1, images.labels, images.ids, seed=settings.seed),
         }
 
     return measured(templates), {

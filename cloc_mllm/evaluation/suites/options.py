@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -16,7 +19,7 @@ from typing import Any, TypeVar
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.report import DatasetRef
-from cloc_mllm.evaluation.scoring.metrics import Metric
+from cloc_mllm.evaluation.scoring.metrics import Metric, check_seed
 from cloc_mllm.yaml_files import parse_yaml
 
 METHODS = ("prompter", "roi", "value", "crop")
@@ -60,8 +63,9 @@ class EvalOptions:
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ClocError(f"{name} is {value!r}, not a positive whole number")
+        check_seed(self.seed)
         if self.method is not None and self.method not in METHODS:
             raise ClocError(f"there is no method '{self.method}'", remedy=f"Choose one of {', '.join(METHODS)}.")
         if not isinstance(self.settings, Mapping):
@@ -81,12 +85,15 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a suite found; the rest of the report is the same for all suites."""
+    """What a suite found; the rest of the report is the same for all suites.
+
+    ``unparsed`` is None where answers are read by others who do not say which they could not read.
+    """
 
     dataset: DatasetRef
     metrics: Mapping[str, Metric]
     details: Mapping[str, Any]
-    unparsed: float = 0.0
+    unparsed: float | None = 0.0
     answers: Sequence[Mapping[str, Any]] = ()
 
 
@@ -99,11 +106,11 @@ def settings_of(kind: type[Settings], options: EvalOptions) -> Settings:
     """Read what only one suite knows into that suite's own dataclass.
 
     Args:
-        kind: A dataclass all of whose fields have defaults; it checks its own values.
+        kind: A dataclass all of whose fields have defaults. Types are checked here, values by itself.
         options: Whose ``settings`` to read.
 
     Raises:
-        ClocError: The suite knows no such setting.
+        ClocError: The suite knows no such setting, or a value is not of its type.
     """
     known = [one.name for one in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in options.settings:
@@ -111,26 +118,98 @@ def settings_of(kind: type[Settings], options: EvalOptions) -> Settings:
             near = difflib.get_close_matches(str(key), known, n=1)
             remedy = f"Did you mean '{near[0]}'?" if near else f"It knows: {', '.join(known) or 'none'}."
             raise ClocError(f"this suite has no setting '{key}'", remedy=remedy)
-    return kind(**options.settings)
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: value_of(name, value, hints[name]) for name, value in options.settings.items()})
 
 
-def settings_from_words(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``key=value`` words, values in YAML.
+@dataclass(frozen=True)
+class Written:
+    """A value as it was written on the command line; what it means is told by the type of what it is for.
+
+    Attributes:
+        word: The word itself.
+        value: What it is in YAML.
+        fault: Why it is nothing in YAML, if so.
+    """
+
+    word: str
+    value: Any
+    fault: str | None = None
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def value_of(name: str, given: Any, hint: Any) -> Any:
+    """Return the value of a setting or option, once it is of the type that its dataclass says.
+
+    Args:
+        name: What it is called.
+        given: The value, or the word of the command line: for a text the word itself counts where YAML reads something
+            else into it (``question=Task: find {phrase}`` is no mapping, ``model=123`` no number).
+        hint: The type: ``bool``, ``int``, ``float``, ``str``, a list or mapping, or a union of such.
+
+    Raises:
+        ClocError: It is of another type.
+    """
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    members = typing.get_args(hint) if union else (hint,)
+    written = given if isinstance(given, Written) else Written("", given)
+    if written.fault is None and any(_fits(written.value, member) for member in members):
+        return written.value
+    if isinstance(given, Written) and str in members:
+        return given.word
+    if isinstance(given, Written) and float in members and _is_number(given.word):
+        return float(given.word)  # YAML takes 1e-3, without a point, for a text
+    kinds = " or ".join(_named(member) for member in members if member is not type(None))
+    told = repr(given.word if isinstance(given, Written) else given)
+    raise ClocError(f"{name} is {told}, not {kinds}" + (f" ({written.fault})" if written.fault else ""))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if origin is not None:
+        return isinstance(value, (list, tuple)) and all(_fits(one, inner[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+def _named(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is None:
+        return _NAMES.get(hint, str(hint))
+    return "a mapping" if issubclass(origin, Mapping) else f"a list ({_named(typing.get_args(hint)[0])} each)"
+
+
+def settings_from_words(words: Sequence[str]) -> dict[str, Written]:
+    """Read ``key=value`` words, values in YAML where what they are for is no text; see :func:`value_of`.
 
     Raises:
         ClocError: A word is not of that form.
     """
     import yaml
 
-    values: dict[str, Any] = {}
+    values: dict[str, Written] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise ClocError(f"'{word}' is not of the form key=value")
         try:
-            values[key] = parse_yaml(value)
-        except yaml.YAMLError as error:
-            raise ClocError(f"the value of '{key}' is not valid YAML: {value!r}") from error
+            values[key] = Written(value, parse_yaml(value))
+        except yaml.YAMLError:
+            values[key] = Written(value, None, "not valid YAML either")
     return values
 
 
@@ -158,18 +237,22 @@ def options_from_yaml(path: str | PathLike[str], overrides: Sequence[str] = ()) 
     given = settings_from_words(overrides)
     inner = {key.removeprefix("settings."): given.pop(key) for key in list(given) if key.startswith("settings.")}
     values |= given
-    if inner:
-        values["settings"] = {**(values.get("settings") or {}), **inner}
+    if values.get("settings") is None:
+        values.pop("settings", None)
+    hints = {"suite": str, **typing.get_type_hints(EvalOptions)}
     fields = {one.name: one for one in dataclasses.fields(EvalOptions)}
     for key in values:
         if key != "suite" and key not in fields:
             near = difflib.get_close_matches(str(key), [*fields, "suite"], n=1)
             raise ClocError(f"unknown key '{key}'", file=path, remedy=f"Did you mean '{near[0]}'?" if near else None)
     needed = ("suite", "model", "out")
-    missing = [key for key in needed if values.get(key) is None]
+    missing = [key for key in needed if values.get(key) in (None, Written("", None))]
     if missing:
         raise ClocError(f"'{missing[0]}' is not given", file=path, remedy=f"Add {missing[0]}=… to the command.")
-    name = str(values.pop("suite"))
+    values = {key: value_of(key, value, hints[key]) for key, value in values.items()}
+    if inner:
+        values["settings"] = {**values.get("settings", {}), **inner}
+    name = values.pop("suite")
     return name, EvalOptions(**{"data": None, **values})
 
 

@@ -21,6 +21,7 @@ from cloc_mllm.data.readers import sample_name
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.region_data import draw
 from cloc_mllm.evaluation.mllms.answerers import Answerer, MllmSettings, answer_record, ask_each
+from cloc_mllm.evaluation.reporting.known_splits import set_facts
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric, mean_metric
 from cloc_mllm.evaluation.scoring.referring import OUTCOMES, ferret_right, strict_right, which_named
@@ -34,7 +35,7 @@ SCORERS: dict[str, Callable[..., bool]] = {"ferret": ferret_right, "strict": str
 def run(options: EvalOptions) -> Outcome:
     """Ask the MLLM that a folder holds."""
     settings = settings_of(AskingSettings, options)
-    split = load_referring(options.data_path, options.split or "all", options.limit, options.seed)
+    split = load_referring(options.data_path, options.split, options.limit, options.seed)
     return evaluate_referring(load_answerer(options, settings), split, mllm_settings(options), settings.suffix)
 
 
@@ -68,22 +69,49 @@ class ReferringSplit:
     dataset: ConversationDataset
 
 
-def load_referring(path: str | Path, split: str = "all", limit: int | None = None, seed: int = 0) -> ReferringSplit:
+def load_referring(
+    path: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0
+) -> ReferringSplit:
     """Read a file of questions about referred objects, or the folder that holds it.
 
     Args:
         path: The file, or a folder with ``questions.jsonl``.
-        split: What to call the split.
+        split: What to call the split; default what ``dataset.json`` says, or ``all``.
         limit: So many questions, drawn with ``seed``; None takes all.
         seed: Of the draw.
 
     Raises:
-        ClocError: It cannot be read, or a question lacks one of its names.
+        ClocError: It cannot be read, a question lacks one of its names, or there are more than were made.
     """
     dataset = ConversationDataset(path, preferred="questions.jsonl")
     rows = draw(len(dataset), limit, seed)
-    ref = DatasetRef(Path(path).resolve().name, split, len(rows), len(dataset), seed, "questions", str(path))
+    facts = set_facts(path)
+    total = written_questions(facts, len(dataset), path)
+    name, split = Path(path).resolve().name, split or str(facts.get("split") or "all")
+    drawn = seed if len(rows) < len(dataset) else None
+    ref = DatasetRef(name, split, len(rows), total, drawn, "questions", str(path), facts.get("kind"))
     return ReferringSplit(ref, [_referred(dataset, row) for row in rows], dataset)
+
+
+def written_questions(facts: Mapping[str, Any], present: int, path: str | Path) -> int:
+    """Return how many questions were made: a file that has lost some is not called by its split's name.
+
+    Args:
+        facts: What ``dataset.json`` says; may be nothing.
+        present: Questions in the data at hand.
+        path: The data, for the error.
+
+    Raises:
+        ClocError: There are more than were made.
+    """
+    counts = facts.get("counts")
+    written = counts.get("questions_written") if isinstance(counts, Mapping) else None
+    if type(written) is not int:
+        return present
+    if present > written:
+        problem = f"the data hold {present:,} questions, but dataset.json says that {written:,} were written"
+        raise ClocError(problem, file=path, remedy="Make the questions anew, into an empty folder.")
+    return written
 
 
 def _referred(dataset: ConversationDataset, row: int) -> Referred:
@@ -176,7 +204,7 @@ def _scored(questions: Sequence[Referred], said: Sequence[str], seed: int) -> di
         metrics[f"referring_acc_{name}"] = mean_metric(hits, images, seed=seed)
         for kind in KINDS:
             rows = [k for k, one in enumerate(questions) if one.kind == kind]
-            if rows and len(rows) < len(questions):
+            if rows:
                 label = f"referring_acc_{name}_{kind.replace('-', '_')}"
                 metrics[label] = mean_metric(hits[rows], [images[k] for k in rows], seed=seed)
     return metrics

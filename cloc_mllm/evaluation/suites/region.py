@@ -25,6 +25,7 @@ from cloc_mllm.evaluation.encoders.measure import (
     draw_pools,
     image_metrics,
     read_split,
+    seen_regions,
     similarity_of,
 )
 from cloc_mllm.evaluation.encoders.readouts import Encoder, RegionReadout, build_readouts
@@ -129,11 +130,11 @@ def evaluate_regions(
     read = read_split(encoder, readouts, [], split, rows, {}, bank, settings)
     by_readout: dict[str, Metrics] = {}
     for name, embeds in read.regions.items():
-        mine = [regions[row] for row in rows[name]]
+        mine, images, keys = seen_regions(split, rows[name])
         place = {row: k for k, row in enumerate(rows[name])}
-        named = _named(embeds, mine, vocabulary, classes, settings.seed) if vocabulary else {}
+        named = _named(embeds, mine, images, keys, vocabulary, classes, settings.seed) if vocabulary else {}
         parts = [[place[row] for row in pool] for pool in pools]
-        by_readout[name] = named | _recalls(embeds, mine, parts, bank, settings.seed)
+        by_readout[name] = named | _recalls(embeds, mine, images, parts, bank, settings.seed)
     headline = image_metrics(read.images, split, bank, settings) | by_readout[readouts[0].name]
     chance = 1 / len(vocabulary.names) if vocabulary else 0.0
     alone = ("region_macc", "region_top1", "region_ensemble_top1") if vocabulary else ()
@@ -182,27 +183,37 @@ def _records(
 
 
 def _named(
-    embeds: torch.Tensor, regions: Sequence[Region], vocabulary: Vocabulary, classes: Sequence[torch.Tensor], seed: int
+    embeds: torch.Tensor,
+    regions: Sequence[Region],
+    images: Sequence[str],
+    keys: Sequence[str],
+    vocabulary: Vocabulary,
+    classes: Sequence[torch.Tensor],
+    seed: int,
 ) -> Metrics:
     """Both protocols; ``classes`` holds each one's ``(C, D)`` embeddings of the names."""
     number = {name: k for k, name in enumerate(vocabulary.names)}
     targets = [number[region.text] for region in regions]
-    images = [region.image for region in regions]
     bare, ensemble = (similarity_of(embeds, each) for each in classes)
     hits = topk_hits(bare, targets)
     return {
-        "region_macc": class_mean_metric(hits, [region.text for region in regions], images, seed=seed),
-        "region_top1": mean_metric(hits, images, seed=seed),
-        "region_ensemble_top1": mean_metric(topk_hits(ensemble, targets), images, seed=seed),
-        "region_ensemble_top5": mean_metric(topk_hits(ensemble, targets, 5), images, seed=seed),
+        "region_macc": class_mean_metric(hits, [region.text for region in regions], images, seed=seed, keys=keys),
+        "region_top1": mean_metric(hits, images, seed=seed, keys=keys),
+        "region_ensemble_top1": mean_metric(topk_hits(ensemble, targets), images, seed=seed, keys=keys),
+        "region_ensemble_top5": mean_metric(topk_hits(ensemble, targets, 5), images, seed=seed, keys=keys),
     }
 
 
 def _recalls(
-    embeds: torch.Tensor, regions: Sequence[Region], pools: Sequence[Sequence[int]], bank: TextBank, seed: int
+    embeds: torch.Tensor,
+    regions: Sequence[Region],
+    found_in: Sequence[str],
+    pools: Sequence[Sequence[int]],
+    bank: TextBank,
+    seed: int,
 ) -> Metrics:
     """R@k both ways over all pools. Regions of the same text are one item: any of them is right for it."""
-    images = [regions[row].image for pool in pools for row in pool]
+    images = [found_in[row] for pool in pools for row in pool]
     r2t, t2r = [], []
     for pool in pools:
         texts = [regions[row].text for row in pool]

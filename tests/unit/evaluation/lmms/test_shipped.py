@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
 
+from cloc_mllm.data.messages import image_items
+from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.lmms.results import answers_of, dataset_of, metrics_of
 from cloc_mllm.evaluation.lmms.runs import Found, Run, evaluate_here
 from tests import builders_lmms
@@ -21,6 +25,17 @@ def asked(folder: Path, tasks: tuple[str, ...], say: Say, **options: Any) -> Fou
     found = evaluate_here(run, Told(say))
     assert found is not None
     return found
+
+
+def numbered(answers: list[str]) -> Say:
+    """Say the k-th answer to the question whose first line ends with the number k and a question mark."""
+
+    def say(question: str, _: Any) -> str:
+        found = re.search(r"(\d+)\?", question)
+        assert found is not None
+        return answers[int(found.group(1))]
+
+    return say
 
 
 def listed(answers: list[str]) -> Say:
@@ -104,3 +119,60 @@ def test_refcoco_reads_boxes_in_the_tasks_frame(tmp_path: Path) -> None:
     assert "inflated" in details["tasks"]["refcoco_grounding_testA"]["note"]
     metrics, _ = metrics_of(asked(tmp_path, ("refcoco_bbox_rec_testA",), once, box_format="model"))
     assert metrics["refcoco_bbox_rec_testA/refcoco_ACC@0.5"].value == 0.0
+
+
+def test_seedbench(tmp_path: Path) -> None:
+    """The first letter counts; `seed_all` mixes the frames of videos in, `seed_image` is the pictures'."""
+    builders_lmms.seedbench(tmp_path, [("A", "image"), ("B", "image"), ("C", "image"), ("D", "video")])
+    seen: list[int] = []
+
+    def say(question: str, conversation: Any) -> str:
+        seen.append(len(image_items(list(conversation))))
+        return numbered(["A", "b.", "Definitely C", "A"])(question, conversation)
+
+    metrics, details = metrics_of(asked(tmp_path, ("seedbench",), say))
+    assert {name: round(metric.value, 6) for name, metric in metrics.items()} == {
+        "seedbench/seed_image": 0.666667,
+        "seedbench/seed_video": 0.0,
+        "seedbench/seed_all": 0.5,
+    }
+    assert sorted(seen) == [1, 1, 1, 3]
+    assert [metrics[f"seedbench/seed_{kind}"].n for kind in ("image", "video", "all")] == [3, 1, 4]
+    assert "video questions" in details["tasks"]["seedbench"]["note"]
+
+
+def test_scienceqa(tmp_path: Path) -> None:
+    """A letter, or a letter and a full stop before what it says; nothing else."""
+    builders_lmms.scienceqa(tmp_path, [0, 1, 2, 1])
+    metrics, _ = metrics_of(asked(tmp_path, ("scienceqa_img",), numbered(["a", "B. that", "It is C", "A"])))
+    metric = metrics["scienceqa_img/exact_match"]
+    assert (metric.value, metric.n) == (0.5, 4)
+    assert metric.ci95[0] < 0.5 < metric.ci95[1], "a mean over questions has an interval"
+
+
+WITHOUT_SHEET = """metric_list:
+  - metric: gpt_eval_score
+    aggregation: !function lmms_eval.tasks.mmbench.en_utils.mmbench_aggregate_dev_results_static
+    higher_is_better: true"""
+
+
+def test_mmbench_is_scored_without_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    builders_lmms.mmbench(tmp_path, ["A", "B", "C", "A"], "" if find_spec("openpyxl") else WITHOUT_SHEET)
+    say = numbered(["A", "The answer is B", "A", "apple"])
+    found = asked(tmp_path, ("mmbench_en_dev_static",), say)
+    metrics, details = metrics_of(found)
+    assert {name: metric.value for name, metric in metrics.items()} == {"mmbench_en_dev_static/gpt_eval_score": 0.75}
+    assert details["without_interval"] == {"mmbench_en_dev_static/gpt_eval_score": "not a mean over questions"}
+    assert "without a judge" in details["tasks"]["mmbench_en_dev_static"]["note"]
+
+
+@pytest.mark.skipif(find_spec("openpyxl") is not None, reason="openpyxl is installed")
+def test_mmbench_is_refused_before_a_question_where_its_sheet_cannot_be_written(tmp_path: Path) -> None:
+    builders_lmms.mmbench(tmp_path, ["A"])
+
+    def never(*_: Any) -> str:
+        raise AssertionError("a question was asked")
+
+    with pytest.raises(ClocError, match="writes a spreadsheet, and openpyxl is not installed"):
+        asked(tmp_path, ("mmbench_en_dev_static",), never)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
 from cloc_mllm.apps.cli import main
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.lmms import runs
-from cloc_mllm.evaluation.lmms.results import dataset_of, metrics_of
+from cloc_mllm.evaluation.lmms.benchmarks import note_on
+from cloc_mllm.evaluation.lmms.results import dataset_of, metrics_of, unparsed_of
 from cloc_mllm.evaluation.lmms.runs import Found
 from cloc_mllm.evaluation.suites.vqa import VqaSettings
 from cloc_mllm.inference.predictor import Predictor
 from tests import builders_lmms
 from tests.builders import tiny_cloc
+
+POPE = ("accuracy", "precision", "recall", "f1_score", "yes_ratio")
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +58,19 @@ def test_a_report_of_two_benchmarks(checkpoint: str, tmp_path: Path, capsys: pyt
     }
     assert report["metrics"]["pope/pope_accuracy"] == {"value": 0.0, "ci95": [0.0, 0.0], "n": 2}
     assert report["metrics"]["pope/pope_recall"]["ci95"] == [None, None]
-    assert (
-        report["details"]["points"] == {"mme/mme_perception_score": 0.0}
-        or "mme/mme_perception_score" in report["metrics"]
-    )
-    assert report["details"]["lmms_eval"]
+    # What an untrained model says in two tokens is neither yes nor no.
+    assert set(report["metrics"]) == {f"pope/pope_{name}" for name in POPE}
+    assert report["details"]["points"] == {"mme/mme_perception_score": 0.0}
+    assert report["details"]["lmms_eval"] == metadata.version("lmms_eval")
+    assert report["unparsed"] is None
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(line["task"], line["doc_id"]) for line in lines] == [("mme", 0), ("mme", 1), ("pope", 0), ("pope", 1)]
     assert all(0 < line["tokens"]["output_tokens"] <= 2 for line in lines)
     printed = capsys.readouterr().out
     assert "pope/pope_accuracy" in printed
     assert "pope/pope_f1_score" in printed
-    assert "not the full" not in (tmp_path / "out" / "report.md").read_text()
+    assert "Unreadable answers: not counted." in (tmp_path / "out" / "report.md").read_text()
+    assert "unreadable boxes not counted" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,43 @@ def test_intervals_are_over_pictures_and_for_means_only() -> None:
     assert metrics["t/exact_match"].ci95 == (0.0, 1.0)
     assert details["without_interval"] == {"t/f1": "not a mean over questions"}
     assert metrics["t/f1"].to_dict()["ci95"] == [None, None]
+
+
+def test_boxes_that_could_not_be_read_are_counted_where_a_task_tells() -> None:
+    def share(**samples: list[dict[str, Any]]) -> float | None:
+        return unparsed_of(Found({}, samples, {}, {}, "0"))
+
+    def box(*pred: float) -> dict[str, Any]:
+        entry = {"answer": "x", "pred": list(pred), "ann_id": "0", "bbox": [0, 0, 1, 1]}
+        return sample(0, "a", refcoco_IoU=entry, Center_ACC=entry)
+
+    words = [sample(0, "a", exact_match=1.0)]
+    assert share(gqa=words) is None
+    rec = {"refcoco+_bbox_rec_testA": [box(0, 0, 0, 0), box(0, 0, 0.5, 0.5), box(0, 0, 1, 1), box(0, 0, 0, 0)]}
+    assert share(**rec) == 0.5
+    assert share(**rec, gqa=words) == 0.5, "questions that ask for no box are not counted"
+    own = [sample(0, "a", unparsed={"score": flag}) for flag in (1.0, 0.0)]
+    assert share(cloc_refcoco_rec_val=own) == 0.5
+    assert share(cloc_refcoco_rec_val=own[:1], refcoco_grounding_testA=[box(1, 1, 2, 2)]) == 0.5
+    assert share(refcoco_bbox_val=[box(0, 0, 0, 0)]) is None, "captions"
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("refcoco_bbox_val_lite", "captioning of a boxed region"),
+        ("refcoco_bbox_test", "captioning of a boxed region"),
+        ("refcoco+_bbox_testB", "captioning of a boxed region"),
+        ("refcocog_seg_val", "captioning of a region with its outline"),
+        ("refcoco+_seg_testA", "captioning of a region with its outline"),
+        ("refcoco_bbox_rec_testA", "boxes are asked for"),
+        ("refcocog_bbox_rec_val", "mixture"),
+        ("refcoco_plus_grounding_testB", "inflated"),
+    ],
+)
+def test_what_must_be_known_of_refcocos_tasks_is_noted(task: str, said: str) -> None:
+    assert said in note_on(task)
+    assert ("boxes are asked for" in note_on(task)) == ("_rec_" in task)
 
 
 def test_a_split_is_named_by_what_was_asked() -> None:

@@ -93,6 +93,55 @@ def test_two_reports_are_compared(tmp_path: Path, data: Path, capsys: pytest.Cap
     assert "| acc | 50.0 | 87.5 | +37.5 |" in (tmp_path / "c" / "comparison.md").read_text()
 
 
+def report_on(folder: Path, hits: list[int], keys: list[str], ref: DatasetRef) -> Path:
+    """Write the report of one metric whose items say which they are."""
+    metrics = {"acc": mean_metric(hits, [key[0] for key in keys], keys=keys)}
+    report = build_report(suite="scenes", model=folder.name, dataset=ref, metrics=metrics, seconds=1.0, command="c")
+    write_report(report, folder)
+    write_scores(metrics, folder)
+    return folder
+
+
+def test_items_that_one_model_alone_saw_are_left_out(tmp_path: Path) -> None:
+    ref = DatasetRef("set", "test", 3, 3)
+    first = report_on(tmp_path / "a", [0, 1], ["a0", "b1"], ref)
+    second = report_on(tmp_path / "b", [1, 1, 0, 0], ["a0", "a1", "b0", "b1"], ref)
+    entry = compare_reports(first, second, tmp_path / "c")["metrics"]["acc"]["difference"]
+    assert (entry["n"], entry["better"], entry["worse"]) == (2, 1, 1)
+    for name in ("comparison.md", "comparison.html"):
+        assert "(the 2 items that both saw)" in (tmp_path / "c" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (DatasetRef("set", "test", 2, 4, None, kind="coco"), "'of' is 3 and 4"),
+        (DatasetRef("set", "test", 2, 3, None, kind="lvis"), "'kind' is coco and lvis"),
+        (DatasetRef("set", "test", 2, 3, None), ""),
+    ],
+)
+def test_data_of_one_name_are_told_apart(tmp_path: Path, other: DatasetRef, said: str) -> None:
+    ref = DatasetRef("set", "test", 2, 3, None, kind="coco")
+    folders = [report_on(tmp_path / str(k), [0, 1], ["a0", "b1"], one) for k, one in enumerate((ref, other))]
+    for folder in folders:  # what is under test is not the name that a subset gets
+        report = json.loads((folder / "report.json").read_text())
+        report["dataset"]["split"] = "test"
+        (folder / "report.json").write_text(json.dumps(report))
+    if said:
+        with pytest.raises(ClocError, match=said):
+            compare_reports(*folders, tmp_path / "c")
+    else:
+        assert compare_reports(*folders, tmp_path / "c")["metrics"]["acc"]["difference"]["n"] == 2
+
+
+def test_the_seed_of_a_draw_stands_in_the_report_and_no_other_number_is_one(tmp_path: Path) -> None:
+    assert DatasetRef("set", "test", 2, 3, 5).to_dict()["seed"] == 5
+    assert "seed" not in DatasetRef("set", "test", 3, 3, 5).to_dict()
+    for seed in (None, -1, 1.0, True):
+        with pytest.raises(ClocError, match="not a whole number from 0"):
+            compare_reports(tmp_path, tmp_path, tmp_path, seed=seed)  # type: ignore[arg-type]
+
+
 def test_texts_are_escaped(tmp_path: Path, data: Path) -> None:
     folder = write(tmp_path / "a", "a", data, HITS["a"], text="<script>alert(1)</script>")
     page = (folder / "report.html").read_text()

@@ -90,3 +90,34 @@ def test_other_items_are_refused() -> None:
         paired_difference(items(np.ones(4)), items(np.ones(4), 2))
     with pytest.raises(ClocError, match="no item"):
         paired_difference(items(np.ones(0)), items(np.ones(0)))
+
+
+def keyed(scores: list[float], keys: list[str], classes: bool = False) -> Items:
+    images = [key[0] for key in keys]
+    metric = class_mean_metric(scores, images, images, keys=keys) if classes else mean_metric(scores, images, keys=keys)
+    assert metric.items is not None
+    return metric.items
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_models_that_saw_different_items_are_compared_on_those_that_both_saw(classes: bool) -> None:
+    """A read-out of crops sees a drawn part of the regions, the Prompter all of them."""
+    part = keyed([1, 0, 0], ["b1", "a0", "c0"], classes)
+    whole = keyed([1, 1, 1, 0, 1], ["a0", "a1", "b0", "b1", "c0"], classes)
+    common = keyed([0, 1, 1], ["b1", "a0", "c0"], classes)
+    assert paired_difference(part, whole) == paired_difference(part, common)
+    assert paired_difference(part, whole).n == 3
+    assert paired_difference(part, whole).value == pytest.approx(1 / 3)
+    assert paired_difference(whole, part).value == pytest.approx(-1 / 3)
+    # The same items in another order are the same items.
+    assert paired_difference(common, keyed([1, 1, 0], ["c0", "a0", "b1"], classes)).equal == 3
+
+
+def test_keys_that_pair_nothing_are_refused() -> None:
+    with pytest.raises(ClocError, match="none in common"):
+        paired_difference(keyed([1], ["a0"]), keyed([1], ["b0"]))
+    with pytest.raises(ClocError, match="have the same key"):
+        paired_difference(keyed([1, 0], ["a0", "a0"]), keyed([1], ["a0"]))
+    other_image = Items(np.ones(1), ("z",), keys=("a0",))
+    with pytest.raises(ClocError, match="same items"):
+        paired_difference(keyed([1, 1], ["a0", "a1"]), other_image)

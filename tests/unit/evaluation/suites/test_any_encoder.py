@@ -247,6 +247,15 @@ def test_classification_equals_brute_force(labelled: Path) -> None:
     assert details["templates"]["headline"] == "2 templates"
 
 
+def test_labelled_images_say_which_they_are(labelled: Path) -> None:
+    """Items are paired by these: running numbers would pair one set of images with another."""
+    images = LabelledImages(labelled)
+    assert len(set(images.ids)) == len(images)
+    assert all((labelled / one).is_file() for one in images.ids)
+    few = LabelledImages(labelled, 3)
+    assert set(few.ids) < set(images.ids)
+
+
 def test_classes_are_named_by_a_mapping_or_in_order(tmp_path: Path) -> None:
     file = tmp_path / "names.json"
     file.write_text(json.dumps({"n01": "tench", "n02": "goldfish"}))

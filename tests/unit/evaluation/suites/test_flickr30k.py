@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cloc_mllm.evaluation.suites.flickr30k import (
     evaluate_flickr30k,
     first_right,
     load_captions,
+    said_within,
     score_located,
 )
 from cloc_mllm.evaluation.suites.options import EvalOptions
@@ -97,7 +100,7 @@ def test_what_is_asked_for_and_what_is_left_out_is_counted(entities: Path) -> No
         "captions_without_phrase_left_out": 1,
         "phrases_asked_for": 5,
     }
-    assert split.ref.label == "test subset (2 of 1000 images, seed 0)"
+    assert split.ref.label == "test subset (2 of 1000 images)"
     assert split.captions[2].phrases[0].boxes == [[2.0, 2.0, 22.0, 12.0]]
     assert split.captions[1].phrases[0].types == ("people", "clothing")
 
@@ -156,6 +159,11 @@ def test_a_box_belongs_to_the_phrase_before_it() -> None:
     assert shared(["a red rope", "a dog", "a cow"], two) == [[2, 3], [1], []]
     assert shared(["a cow"], two) == [[1, 2, 3, 4]]  # asked for alone, everything answers it
     assert shared(["a man", "a hat", "a man"], said(("a man", 1), ("a hat", 2), ("a man", 3))) == [[1], [2], [3]]
+    within = said(("The locations are a man", 1), ("and the big red rope", 2), ("a seaman", 3), ("a hat", 4))
+    assert shared(["a man", "a rope", "a red rope", "the hat"], within) == [[1], [], [2], [4]]
+    assert said_within(["a man", "a rope", "a red rope", "the hat"], within) == 2
+    assert said_within(["a man"], within) == 0
+    assert shared(["the", "a man"], within) == [[], [1]]
     assert shared(["a man", "a man"], said(("a man", 1), ("a man", 2), ("a man", 3))) == [[1, 2, 3], [1, 2, 3]]
 
 
@@ -196,6 +204,8 @@ def test_what_an_encoder_found_is_scored_by_the_same_rule(entities: Path) -> Non
         "flickr30k_merged_r1": 1.0,
         "flickr30k_any_r1": 0.8,
     }
+    assert [answer["question"] for answer in found.answers] == [region.text for region in data.regions]
+    assert all(answer["right"] for answer in found.answers)
 
 
 def test_a_real_encoder_searches(entities: Path, encoder_folder: Path, tmp_path: Path) -> None:
@@ -205,6 +215,17 @@ def test_a_real_encoder_searches(entities: Path, encoder_folder: Path, tmp_path:
     report = run_suite("flickr30k", options)
     assert report["metrics"]["flickr30k_merged_r1"]["n"] == 5
     assert report["details"]["choices"]["localizer"] == "box_head"
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [len(answer["boxes"]) for answer in answers] == [1] * 5
+    assert (tmp_path / "report.html").read_text().count("<figure>") == sum(not answer["right"] for answer in answers)
+    assert not all(answer["right"] for answer in answers), "a tiny encoder that never learned: something is drawn"
+    images = {"images": str(entities / "images")}
+    for asked in ({"ask": "sentence"}, {"question": "Find {phrases}."}, {"suffix": "Now."}, {"boxes": "norm1"}):
+        (name,) = asked
+        with pytest.raises(ClocError, match=f"{name} is for MLLMs"):
+            run_suite("flickr30k", replace(options, settings=images | asked))
+    with pytest.raises(ClocError, match="max-new-tokens is for MLLMs"):
+        run_suite("flickr30k", replace(options, max_new_tokens=512))
 
 
 def test_faults_of_the_files_are_named(entities: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def expressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         if k == 4:
             regions += [{"box": [0, 0, 9, 9], "text": "twin"}, {"box": [20, 0, 29, 9], "text": "twin"}]
-        lines.append(json.dumps({"id": str(k), "image": f"{k}.png", "caption": "noise", "regions": regions}) + "\n")
+        lines.append(json.dumps({"id": f"p{k}", "image": f"{k}.png", "caption": "noise", "regions": regions}) + "\n")
     (folder / "regions.jsonl").write_text("".join(lines))
     return folder
 
@@ -66,6 +66,9 @@ def test_the_truth_scores_100_and_silence_0(expressions: Path) -> None:
     right = evaluate_grounding(moved(asked, 0), asked, asking=QUIET)
     assert {metric.value for metric in right.metrics.values()} == {1.0}
     assert right.unparsed == 0.0
+    items = right.metrics["grounding_acc50"].items
+    assert items is not None
+    assert set(items.images) == {f"p{k}" for k in range(5)}
     assert right.details["answers"] == {"with a box": 10, "with several boxes": 10}
     nothing = evaluate_grounding(silent(), asked, asking=QUIET)
     assert {metric.value for metric in nothing.metrics.values()} == {0.0}

@@ -121,6 +121,28 @@ def test_a_real_model_is_asked(questions: Path, mllm_folder: Path, tmp_path: Pat
     assert "an answer that names both" in (tmp_path / "report.md").read_text()
 
 
+def test_a_file_of_one_kind_has_that_kinds_metric_and_its_split_from_dataset_json(tmp_path: Path) -> None:
+    lines = [json.dumps(sample(k, "point")) for k in range(3)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    noise_image(40, 30, 0).save(tmp_path / "0.png")
+    split = load_referring(tmp_path)
+    assert split.ref.label == "all"
+    found = evaluate_referring(silent(), split, QUIET).metrics
+    assert set(found) == {f"referring_acc_{who}{kind}" for who in ("ferret", "strict") for kind in ("", "_point")}
+    facts = {"kind": "lvis-referring", "split": "val", "counts": {"questions_written": 3}}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    assert load_referring(tmp_path).ref.label == "val"
+    assert load_referring(tmp_path, "mine").ref.label == "mine"
+    facts["counts"] = {"questions_written": 5}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    assert load_referring(tmp_path).ref.label == "val subset (3 of 5 questions)"
+    assert load_referring(tmp_path, limit=2).ref.label == "val subset (2 of 5 questions, seed 0)"
+    facts["counts"] = {"questions_written": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    with pytest.raises(ClocError, match=r"hold 3 questions, but dataset\.json says that 2 were written"):
+        load_referring(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

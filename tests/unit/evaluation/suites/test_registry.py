@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +16,15 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings
 from cloc_mllm.evaluation.encoders.region_data import load_region_split
 from cloc_mllm.evaluation.encoders.vocabulary import read_vocabulary
-from cloc_mllm.evaluation.suites.options import EvalOptions, model_type, options_from_yaml
+from cloc_mllm.evaluation.suites.detection import DetectionSettings
+from cloc_mllm.evaluation.suites.grounding import GroundingSettings
+from cloc_mllm.evaluation.suites.options import (
+    EvalOptions,
+    model_type,
+    options_from_yaml,
+    settings_from_words,
+    settings_of,
+)
 from cloc_mllm.evaluation.suites.region import evaluate_regions
 from cloc_mllm.evaluation.suites.registry import SUITES, run_suite
 from tests.builders import noise_image, tiny_cloc
@@ -44,7 +55,7 @@ def region_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise_image(60, 40, k).save(folder / f"{k}.png")
         regions = [{"box": [j, 0, 30 + j, 20 + k], "text": classes[(k + j) % 3]} for j in range(k)]
         captions = [f"picture {k}", f"the one numbered {k}", "noise" if k < 2 else f"noise {k}"]
-        sample = {"id": str(k), "image": f"{k}.png", "caption": captions[0], "captions": captions, "regions": regions}
+        sample = {"id": f"p{k}", "image": f"{k}.png", "caption": captions[0], "captions": captions, "regions": regions}
         lines.append(json.dumps(sample) + "\n")
     (folder / "regions.jsonl").write_text("".join(lines))
     return folder
@@ -64,6 +75,7 @@ def test_scenes_suite_measures_an_encoder(
         "of": 40,
         "unit": "images",
         "path": str(scenes_folder / "test"),
+        "seed": 0,
     }
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "scores.npz"}
     assert ("grounding_acc50" in report["metrics"]) == (kind == "cloc")
@@ -117,6 +129,13 @@ def test_region_suite_gives_the_truth_100_and_its_opposite_0(region_data: Path, 
     wanted = [name for name in metrics if not name.endswith(("_r5", "_r10", "_top5"))]
     assert {name: metrics[name].value for name in wanted} == dict.fromkeys(wanted, expected)
     assert {"region_macc", "region_top1", "region_r2t_r1", "region_t2r_r1", "image_i2t_r1"} <= set(wanted)
+    # What items are paired by: the samples' own ids, not numbers that any other data have as well.
+    items = metrics["region_top1"].items
+    assert items is not None
+    assert items.images == tuple(split.ids[region.image] for region in split.regions)
+    assert items.keys == tuple(f"{image}/{row}" for row, image in enumerate(items.images))
+    assert metrics["image_i2t_r1"].items is not None
+    assert metrics["image_i2t_r1"].items.images == tuple(split.ids)
 
 
 def test_the_same_seed_gives_the_same_numbers(
@@ -143,6 +162,19 @@ def test_shipped_suites_can_be_read(path: Path) -> None:
     assert (options.model, options.data, options.out, options.limit) == ("m", "d", "o", 5)
 
 
+def test_the_command_in_a_report_can_be_pasted(
+    checkpoints: dict[str, Path], region_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(SUITE_FILES[0].parents[1] / "run_suite.py"))
+    file, out = tmp_path / "my suite.yaml", tmp_path / "it's here"
+    file.write_text("suite: region\nsettings: {recognition: false}\n")
+    words = [str(file), f"model={checkpoints['cloc']}", f"data={region_data}", f"out={out}", "limit=4"]
+    assert script["main"](words) == 0
+    assert "region_r2t_r1" in capsys.readouterr().out
+    command = json.loads((out / "report.json").read_text())["command"]
+    assert shlex.split(command) == ["python", "eval/run_suite.py", *words]
+
+
 def test_suite_files_with_faults_are_named(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text("suite: scenes\nmodl: x\n")
@@ -158,6 +190,75 @@ def test_suite_files_with_faults_are_named(tmp_path: Path) -> None:
         options_from_yaml(file)
     with pytest.raises(ClocError, match="cannot read this suite"):
         options_from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("seed", [None, -1, 1.5, "1", True])
+def test_a_seed_is_a_whole_number(seed: object) -> None:
+    """None is "another draw each time", and a negative one ends in NumPy's own words."""
+    with pytest.raises(ClocError, match=r"seed is .*, not a whole number from 0"):
+        EvalOptions("m", "d", "o", seed=seed)  # type: ignore[arg-type]
+
+
+def detection_error(**settings: object) -> str:
+    with pytest.raises(ClocError) as caught:
+        settings_of(DetectionSettings, EvalOptions("m", "d", "o", settings=settings))
+    return str(caught.value)
+
+
+def test_settings_are_of_their_types() -> None:
+    """Told before anything is loaded, from the command line and from YAML alike."""
+    wrong = {
+        "most": ("abc", "1.5", "true", "[1]", "null"),
+        "temperature": ("hot", "true", ".inf"),
+        "nms": ("high", "{a: 1}"),
+        "grid": ("5", "steps"),
+        "objectness": ("maybe", "1"),
+        "min_score": ("null", "a: ["),
+    }
+    named = {"most": "a whole number", "grid": "a mapping", "objectness": "true or false"}
+    for name, words in wrong.items():
+        for word in words:
+            said = detection_error(**settings_from_words([f"{name}={word}"]))
+            assert f"{name} is {word!r}, not {named.get(name, 'a number')}" in said
+    assert "most is 'abc', not a whole number" in detection_error(most="abc")
+    assert "templates is 5, not a text or a list (a text each)" in detection_error(templates=5)
+    assert "no templates '5'" in detection_error(**settings_from_words(["templates=5"]))
+    for name, value in {"most": 0, "nms": 1.5, "temperature": -1, "score": "relu"}.items():
+        assert f"{name} is " in detection_error(**{name: value})
+
+
+def test_settings_are_read_as_their_types_want_them() -> None:
+    def read(kind: type, *words: str) -> Any:
+        return settings_of(kind, EvalOptions("m", "d", "o", settings=settings_from_words(words)))
+
+    # Words that YAML takes for a mapping, for nothing at all, for a number and for a truth.
+    for question in ("Task: find {phrase}", "{phrase}?", "{phrase}", "[{phrase}", "'{phrase}"):
+        assert read(GroundingSettings, f"question={question}").question == question
+    assert read(GroundingSettings, "question='{phrase}: where?'").question == "{phrase}: where?"
+    assert read(GroundingSettings, "question=null").question is None
+    assert read(GroundingSettings, "suffix=123").suffix == "123"
+    assert read(GroundingSettings, "suffix=no").suffix == "no"
+    words = ("most=7", "nms=1", "min_score=1e-3", "grid={steps: 3}", "templates=['a {}', 'b {}']")
+    found = read(DetectionSettings, *words)
+    assert (found.most, found.nms, found.min_score, found.grid) == (7, 1, 0.001, {"steps": 3})
+    assert found.templates == ["a {}", "b {}"]
+
+
+def test_options_of_a_suite_file_are_of_their_types(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("suite: scenes\nsettings:\n")
+    _, options = options_from_yaml(file, ["model=123", "out=2024-01-01", "limit=5", "settings.question=a: {phrase}"])
+    assert (options.model, options.out, options.limit) == ("123", "2024-01-01", 5)
+    assert settings_of(GroundingSettings, options).question == "a: {phrase}"
+    for word, said in {
+        "limit=many": "limit is 'many', not a whole number",
+        "seed=null": "seed is 'null', not a whole number",
+        "trust_remote_code=perhaps": "not true or false",
+        "settings=5": "settings is '5', not a mapping",
+        "model=": "'model' is not given",
+    }.items():
+        with pytest.raises(ClocError, match=said):
+            options_from_yaml(file, ["model=m", "out=o", word])
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(
@@ -206,7 +307,7 @@ def test_a_broken_picture_names_file_and_sample(
     for k in range(6):
         Image.new("RGB", (60, 40)).save(tmp_path / f"{k}.png")
     (tmp_path / "4.png").write_bytes(b"no picture")
-    with pytest.raises(ClocError, match=r"regions\.jsonl: sample '4 \(line 5\)'"):
+    with pytest.raises(ClocError, match=r"regions\.jsonl: sample 'p4 \(line 5\)'"):
         run_suite("region", EvalOptions(str(checkpoints["cloc"]), str(tmp_path), str(tmp_path / "out")))
 
 

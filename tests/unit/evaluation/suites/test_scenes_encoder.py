@@ -11,6 +11,7 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings, draw_pools, measure
 from cloc_mllm.evaluation.encoders.region_data import Region, RegionSplit, SceneTruth, canonical_name, describes, draw
 from cloc_mllm.evaluation.scoring.metrics import iou_hits
+from cloc_mllm.evaluation.scoring.paired import paired_difference
 from cloc_mllm.evaluation.suites.scenes_encoder import baselines, evaluate_encoder
 from tests.unit.evaluation.oracles import TruthEncoder, TruthLocalizer, TruthReadout
 
@@ -187,3 +188,19 @@ def test_a_folder_that_holds_no_scenes_is_named(tmp_path, scene_truth: SceneTrut
         SceneTruth.load(tmp_path)
     with pytest.raises(ClocError, match=r"there is no split 'tset'.*test, train, validation"):
         scene_truth.load_split("tset")
+
+
+def test_crops_of_some_regions_compare_with_a_prompter_that_saw_all(
+    scene_truth: SceneTruth, test_split: RegionSplit
+) -> None:
+    encoder = TruthEncoder([test_split])
+    settings = replace(QUIET, crop_limit=20)
+    ways = [TruthReadout(encoder, "crop", sign=-1.0), TruthReadout(encoder)]
+    found = measure(encoder, ways, [], scene_truth, test_split, settings).readouts
+    assert found["prompter"]["region_top1"].n == len(test_split.regions) > 20
+    for name in ("region_top1", "region_macc", "region_size_acc"):
+        crop, whole = found["crop"][name].items, found["prompter"][name].items
+        assert crop is not None
+        assert whole is not None
+        difference = paired_difference(crop, whole)
+        assert (difference.value, difference.n) == (1.0, 20)
