@@ -19,7 +19,7 @@ from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.messages import Message, region_boxes, turn_text
 from cloc_mllm.data.readers import sample_name
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoders.region_data import draw
+from cloc_mllm.evaluation.encoders.region_data import draw, opened_path
 from cloc_mllm.evaluation.mllms.answerers import Answerer, MllmSettings, answer_record, ask_each
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 from cloc_mllm.evaluation.scoring.metrics import Metric, mean_metric
@@ -82,7 +82,8 @@ def load_referring(path: str | Path, split: str = "all", limit: int | None = Non
     """
     dataset = ConversationDataset(path, preferred="questions.jsonl")
     rows = draw(len(dataset), limit, seed)
-    ref = DatasetRef(Path(path).resolve().name, split, len(rows), len(dataset), seed, "questions", str(path))
+    read = opened_path(path, "questions.jsonl")
+    ref = DatasetRef(Path(path).resolve().name, split, len(rows), len(dataset), seed, "questions", read)
     return ReferringSplit(ref, [_referred(dataset, row) for row in rows], dataset)
 
 

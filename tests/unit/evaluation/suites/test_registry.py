@@ -63,7 +63,7 @@ def test_scenes_suite_measures_an_encoder(
         "n": 12,
         "of": 40,
         "unit": "images",
-        "path": str(scenes_folder / "test"),
+        "path": str(scenes_folder / "test" / "regions.jsonl"),
     }
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "scores.npz"}
     assert ("grounding_acc50" in report["metrics"]) == (kind == "cloc")
