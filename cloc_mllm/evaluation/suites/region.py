@@ -140,6 +140,10 @@ def evaluate_regions(
     sizes = ", ".join(str(len(pool)) for pool in pools)
     details = {
         "choices": {"made_on": "nothing", "readout": readouts[0].name},
+        "protocol": {
+            "gallery": "all" if one_gallery else "pools",
+            "categories": vocabulary.choice if vocabulary else "none",
+        },
         "protocols": PROTOCOLS if vocabulary else {},
         "readouts": by_readout,
         "baselines": {name: {"chance": chance} for name in alone},
