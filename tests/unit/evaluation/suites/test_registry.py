@@ -13,6 +13,8 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings
 from cloc_mllm.evaluation.encoders.region_data import load_region_split
 from cloc_mllm.evaluation.encoders.vocabulary import read_vocabulary
+from cloc_mllm.evaluation.reporting.scores import write_scores
+from cloc_mllm.evaluation.scoring.metrics import Metric
 from cloc_mllm.evaluation.suites.options import EvalOptions, model_type, options_from_yaml
 from cloc_mllm.evaluation.suites.region import evaluate_regions
 from cloc_mllm.evaluation.suites.registry import SUITES, run_suite
@@ -131,6 +133,19 @@ def test_the_same_seed_gives_the_same_numbers(
     first = numbers(1)
     assert numbers(1) == first
     assert numbers(2) != first
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_this_ones(
+    checkpoints: dict[str, Path], region_data: Path, tmp_path: Path
+) -> None:
+    run_suite("region", EvalOptions(str(checkpoints["cloc"]), str(region_data), str(tmp_path), method="crop"))
+    (tmp_path / "judge.jsonl").write_text("{}\n")
+    assert (tmp_path / "answers.jsonl").is_file()
+    run_suite("image", EvalOptions(str(checkpoints["cloc"]), str(region_data), str(tmp_path)))
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert (tmp_path / "judge.jsonl").is_file(), "Ferret-Bench goes on with it"
+    assert write_scores({"points": Metric(0.5, (0.4, 0.6), 3)}, tmp_path) is None
+    assert not (tmp_path / "scores.npz").exists()
 
 
 # --- YAML and bad input --------------------------------------------------------------------------------------------
