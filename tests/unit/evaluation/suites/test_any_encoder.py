@@ -277,6 +277,25 @@ def test_retrieval_equals_brute_force(tmp_path: Path, captions: int) -> None:
     assert details["pools"]["captions"] == f"{8 * captions} distinct of {8 * captions}, {captions} an image"
 
 
+@pytest.mark.parametrize("captions", [["a picture"] * 8, [f"a photo of {NAMES[k % 4]}" for k in range(8)]])
+def test_captions_that_tell_no_image_are_not_retrieved(tmp_path: Path, captions: list[str]) -> None:
+    """All alike, every encoder would be right; made of the regions' names, they were written for no image."""
+    data = write_regions(tmp_path / "a")
+    samples = [json.loads(line) for line in (data / "regions.jsonl").read_text().splitlines()]
+    for sample, caption in zip(samples, captions, strict=True):
+        del sample["captions"]
+        sample["caption"] = caption
+    (data / "regions.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    split = load_region_split(data)
+    encoder = TruthEncoder([split])
+    metrics, details, _ = evaluate_regions(encoder, [TruthReadout(encoder)], split, QUIET)
+    assert not [name for name in metrics if name.startswith("image")]
+    assert details["pools"]["image"].startswith("images are not retrieved: ")
+    if len(set(captions)) == 1:
+        with pytest.raises(ClocError, match="all images have the same caption"):
+            retrieve(RandomEncoder(), split, QUIET)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
     for k, name in enumerate(["n01", "n02", "n10", "n20", "n21", "n30", "n31"]):
