@@ -156,6 +156,8 @@ def test_shipped_suites_can_be_read(path: Path) -> None:
     name, options = options_from_yaml(path, ["model=m", "data=d", "out=o", "limit=5"])
     assert name in SUITES
     assert (options.model, options.data, options.out, options.limit) == ("m", "d", "o", 5)
+    if name in ("region", "detection", "grounding"):
+        assert options.split is None, "dataset.json says which split the data are"
 
 
 def test_suite_files_with_faults_are_named(tmp_path: Path) -> None:
