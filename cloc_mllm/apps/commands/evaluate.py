@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     compare.set_defaults(run=run_compare)
     paper = suites.add_parser(
         "paper",
-        help="the paper's five tables, its figures beside those of your reports",
+        help="the paper's tables, its figures beside those of your reports",
         epilog="example:\n  cloc-mllm eval paper runs/cloc runs/clip --out runs/paper",
         formatter_class=raw,
     )

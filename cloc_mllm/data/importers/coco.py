@@ -199,6 +199,10 @@ def clipped_outline(outline: Any, size: tuple[int, int]) -> Any:
     return [[min(max(float(value), 0.0), float(size[k % 2])) for k, value in enumerate(polygon)] for polygon in outline]
 
 
+MADE_CAPTION = "a photo of "
+"""How every caption begins that is made of names."""
+
+
 def caption_of_names(names: list[str]) -> list[str]:
     """Return a caption that says what is on a picture, for sets that have none; empty if nothing is.
 
@@ -208,4 +212,4 @@ def caption_of_names(names: list[str]) -> list[str]:
     if not distinct:
         return []
     listed = distinct[0] if len(distinct) == 1 else f"{', '.join(distinct[:-1])} and {distinct[-1]}"
-    return [f"a photo of {listed}"]
+    return [f"{MADE_CAPTION}{listed}"]

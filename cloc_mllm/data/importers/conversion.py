@@ -125,6 +125,10 @@ class Source(ABC):
     licence: ClassVar[str]
     expected: Mapping[str, Mapping[str, int]] = {}
 
+    def stated(self) -> dict[str, str]:
+        """What else `dataset.json` says: `set`, the public set where `kind` covers several, and `split`."""
+        return {}
+
     @property
     @abstractmethod
     def files(self) -> Sequence[Path]:
@@ -344,11 +348,13 @@ def _report(source: Source, options: ConvertOptions, listed: int, counts: Counte
         result["categories"] = [
             {"name": name} | ({"frequency": rarity[key]} if key in rarity else {}) for key, name in names.items()
         ]
+    stated = source.stated()
     for split, wanted in source.expected.items():
         if split in source.files[0].name:
-            result |= compared(source.files[0], f"{source.kind} {split}", split, wanted, shown)
+            what = f"{stated.get('set', source.kind)} {stated.get('split', split)}"
+            result |= compared(source.files[0], what, split, wanted, shown)
             break
-    return result
+    return result | stated
 
 
 def compared(file: Path, what: str, split: str, wanted: Mapping[str, int], found: Mapping[str, int]) -> dict[str, Any]:

@@ -121,10 +121,17 @@ class RefCocoSource(Source):
         self.instances = self.refs.with_name("instances.json") if instances is None else Path(instances)
         self.captions = None if captions is None else Path(captions)
         partition = self.refs.stem.partition("(")[2].rstrip(")")
-        known = KNOWN.get((self.refs.parent.name.lower(), partition, split))
+        name = self.refs.parent.name.lower()
+        known = KNOWN.get((name, partition, split))
+        # Google's partition has splits of the same names and other things in them, so it is no set that is known.
+        self.name = name if known else f"{name} ({partition})" if name in {owner for owner, _, _ in KNOWN} else None
         if known is not None:
             counts = {"references_read": known[0], "expressions_read": known[1]}
             self.expected = {"refs": counts}
+
+    def stated(self) -> dict[str, str]:
+        """Which of the three sets this is, where the folder's name tells, and the split."""
+        return ({"set": self.name} if self.name else {}) | {"split": self.split}
 
     @property
     def files(self) -> list[Path]:

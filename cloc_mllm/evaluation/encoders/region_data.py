@@ -5,6 +5,8 @@ Texts and boxes are read (and checked) first and all at once; pictures are decod
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import itertools
 import json
 from collections import Counter
@@ -19,11 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cloc_mllm.data.dataset import RegionTextDataset, unique_regions
-from cloc_mllm.data.readers import sample_name
+from cloc_mllm.data.readers import data_files, sample_name
 from cloc_mllm.data.scenes.language import words
 from cloc_mllm.data.schema import raise_first, region_text_problems
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.reporting.known_splits import known_total, set_facts
+from cloc_mllm.evaluation.reporting.known_splits import known_total, named_split
 from cloc_mllm.evaluation.reporting.report import DatasetRef
 
 CLASS_ATTRIBUTES = ("texture", "colour", "shape")
@@ -105,14 +107,14 @@ def load_region_split(
     Args:
         path: A folder with ``regions.jsonl`` or Parquet files, or such a file.
         name: What to call the data; default the folder's or file's name.
-        split: The split's name; default what ``dataset.json`` says, or ``all``. If it is a known one, the images are
-            counted against those it has.
+        split: The split's name; default what ``dataset.json`` says, or ``all``. The images are counted against those
+            that a known split has.
         limit: Use so many images, drawn with ``seed``, instead of all.
         seed: Of that draw.
         kind: The public set that this is; default what ``dataset.json`` says.
 
     Raises:
-        ClocError: The data cannot be read, or a sample breaks the schema.
+        ClocError: The data cannot be read, a sample breaks the schema, or the data are no such split.
     """
     dataset = RegionTextDataset(str(path), max_regions=None)
     rows = draw(len(dataset), limit, seed)
@@ -130,7 +132,26 @@ def load_region_split(
             regions.append(Region(number, box, region["text"], unique, dict(region.get("attributes") or {})))  # type: ignore[arg-type]
     drawn = seed if len(rows) < len(dataset) else None
     ref = dataset_ref(path, split, len(rows), len(dataset), name=name, seed=drawn, kind=kind)
+    ref = dataclasses.replace(ref, path=opened_path(path))
     return RegionSplit(ref, ids, captions, sizes, regions, dataset, rows)
+
+
+def opened_path(path: str | PathLike[str], preferred: str = "regions.jsonl") -> str:
+    """Return the path of exactly the samples that are read from a path, in which rows count.
+
+    A folder may hold regions and questions; whoever opens it for the other ones counts in another file.
+
+    Args:
+        path: A file, a folder or a pattern.
+        preferred: The file to take in a folder that holds several.
+
+    Raises:
+        ClocError: See :func:`cloc_mllm.data.readers.data_files`.
+    """
+    files = data_files(str(path), preferred)
+    if len(files) == 1:
+        return str(files[0])
+    return str(Path(glob.escape(str(path))) / f"*{files[0].suffix}") if Path(path).is_dir() else str(path)
 
 
 def dataset_ref(
@@ -153,10 +174,11 @@ def dataset_ref(
         name: What to call them; default the folder's or file's name.
         seed: Of the draw, if one was made.
         kind: The public set that this is; default what ``dataset.json`` says.
+
+    Raises:
+        ClocError: See :func:`cloc_mllm.evaluation.reporting.known_splits.named_split`.
     """
-    facts = set_facts(path)
-    split = split or str(facts.get("split") or "all")
-    kind = kind or facts.get("kind")
+    kind, split = named_split(path, kind, split)
     total = known_total(kind, split, present)
     return DatasetRef(name or Path(path).resolve().name, split, used, total, seed, path=str(path), kind=kind)
 

@@ -32,11 +32,13 @@ class Vocabulary:
         names: Distinct names.
         source: Where they come from, in words.
         frequency: LVIS's ``r``, ``c`` or ``f`` by name, where the set says so.
+        choice: Which they are, for programs: ``known``, ``occurring``, ``ov-coco`` or ``file``.
     """
 
     names: list[str]
     source: str
     frequency: dict[str, str] = field(default_factory=dict)
+    choice: str = "file"
 
     @property
     def described(self) -> str:
@@ -59,11 +61,11 @@ def read_vocabulary(choice: str, data: str | PathLike[str], occurring: Iterable[
     """
     present = sorted(set(occurring))
     if choice == "occurring":
-        return Vocabulary(present, "every text that occurs")
+        return Vocabulary(present, "every text that occurs", choice="occurring")
     found = _listed(choice, data)
     strange = [text for text in present if found is not None and text not in set(found.names)]
     if choice == "auto" and (found is None or strange):
-        return Vocabulary(present, "every text that occurs")
+        return Vocabulary(present, "every text that occurs", choice="occurring")
     if found is None:
         raise ClocError(
             f"no categories are listed beside the data (no 'categories' in {SET_FILE})",
@@ -77,7 +79,8 @@ def read_vocabulary(choice: str, data: str | PathLike[str], occurring: Iterable[
 
 def _listed(choice: str, data: str | PathLike[str]) -> Vocabulary | None:
     if choice == OV_COCO:
-        return Vocabulary([*OV_COCO_BASE, *OV_COCO_NOVEL], "the 48 base and 17 novel categories of OV-COCO")
+        names = [*OV_COCO_BASE, *OV_COCO_NOVEL]
+        return Vocabulary(names, "the 48 base and 17 novel categories of OV-COCO", choice=OV_COCO)
     return _known(data) if choice in ("auto", "known") else _from_file(Path(choice))
 
 
@@ -96,7 +99,8 @@ def _known(data: str | PathLike[str]) -> Vocabulary | None:
         if "frequency" in one:
             rarity.setdefault(one["name"], set()).add(one["frequency"])
     # A name of two categories of different rarity is of neither group.
-    return Vocabulary(names, source, {name: next(iter(some)) for name, some in rarity.items() if len(some) == 1})
+    frequency = {name: next(iter(some)) for name, some in rarity.items() if len(some) == 1}
+    return Vocabulary(names, source, frequency, "known")
 
 
 def _from_file(path: Path) -> Vocabulary:

@@ -69,14 +69,17 @@ def metrics_of(found: Found, seed: int = 0) -> tuple[dict[str, Metric], dict[str
 def dataset_of(found: Found) -> DatasetRef:
     """Name what was evaluated on: never by the split's name where it was less, or is not known to be all of it."""
     names = []
+    asked = there = 0
     for task, samples in found.samples.items():
         size, known = found.sizes[task], KNOWN_SIZES.get(task)
         name = task if len(samples) == size else f"{task} (the first {len(samples)} of {size})"
         if known is not None and size != known:
             name += f" [a copy of {size}, the published split has {known}]"
         names.append(name)
-    asked = sum(map(len, found.samples.values()))
-    return DatasetRef("lmms-eval", ", ".join(names), asked, asked, unit="questions")
+        asked += len(samples)
+        there += max(size, known or 0)
+    split = ", ".join(names) + ("" if asked == there else ": a")  # "a subset (10 of 9000 questions)", its label goes on
+    return DatasetRef("lmms-eval", split, asked, there, None, "questions")
 
 
 def unparsed_of(found: Found) -> float | None:

@@ -47,7 +47,7 @@ class Pictures:
     """The pictures that answers are about.
 
     Args:
-        path: The data set that records' `row` counts in: whatever `open_samples` reads; opened when it is needed.
+        path: The very samples that records' `row` counts in, a file or a pattern; opened when they are needed.
     """
 
     def __init__(self, path: str | PathLike[str] | None) -> None:
@@ -67,7 +67,7 @@ class Pictures:
         if "picture" in record:
             return open_image(record["picture"], None, None, str(record.get("id", "")))
         if self._source is None:
-            self._source = open_samples(str(self._path), preferred="questions.jsonl")
+            self._source = open_samples(str(self._path))
         row = record["row"]
         if not 0 <= row < len(self._source):
             raise ClocError(f"there are {len(self._source)} samples, and no sample {row}: the data have changed")

@@ -1,4 +1,4 @@
-"""`cloc-mllm eval paper`: the paper's five tables, its figures beside what our reports measured, empty where none did.
+"""`cloc-mllm eval paper`: the paper's tables, its figures beside what our reports measured, empty where none did.
 
 A cell of ours says what it rests on: a part of a split is marked, and its size stands below the table.
 """
@@ -92,9 +92,8 @@ def _cells(
         path, report = chosen
         values[key], n = _figure(column, report)  # type: ignore[misc]
         dataset = report["dataset"]
-        texts[key] = _text(values[key])
-        if dataset["n"] != dataset["of"] or "subset" in dataset["split"]:
-            texts[key] += "*"
+        used, there = _extent(column, report)
+        texts[key] = _text(values[key]) + ("*" if used != there else "")
         note = f"{column['title']}: {dataset['name']}, {dataset['split']}, n = {n} ({path.parent})"
         notes += [note] if note not in notes else []
     for key, column in columns.items():
@@ -111,8 +110,8 @@ def _choose(
     fitting = [(path, report) for path, report in reports if _fits(column, report)]
     if not fitting:
         return None
-    best = max(report["dataset"]["n"] for _, report in fitting)
-    first, *others = [item for item in fitting if item[1]["dataset"]["n"] == best]
+    best = max(_extent(column, report)[0] for _, report in fitting)
+    first, *others = [item for item in fitting if _extent(column, item[1])[0] == best]
     if others:
         raise ClocError(
             f"two reports fill the cell '{column['title']}' of {first[1]['model']}: {first[0]} and {others[0][0]}",
@@ -124,12 +123,23 @@ def _choose(
 def _fits(column: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
     dataset = report["dataset"]
     split = str(dataset["split"]).partition(" subset")[0]
+    splits = column.get("split", split)
+    protocol = (report.get("details") or {}).get("protocol") or {}
     return (
         report["suite"] == column["suite"]
         and _figure(column, report) is not None
-        and re.search(column["set"], f"{dataset.get('kind', '')} {dataset['name']}", re.IGNORECASE) is not None
-        and ("split" not in column or split.lower() == column["split"].lower())
+        and re.fullmatch(column["set"], str(dataset.get("kind") or dataset["name"]), re.IGNORECASE) is not None
+        and split.lower() in [one.lower() for one in ([splits] if isinstance(splits, str) else splits)]
+        and all(protocol.get(key) == value for key, value in column.get("protocol", {}).items())
     )
+
+
+def _extent(column: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[int, int]:
+    """Return on how many samples a figure rests, and how many there are; of its task, where a report has several."""
+    task = ((report.get("details") or {}).get("tasks") or {}).get(str(column["metric"]).partition("/")[0])
+    if task is not None:
+        return task["n"], max(task["of"], task.get("published_split", 0))
+    return report["dataset"]["n"], report["dataset"]["of"]
 
 
 def _figure(column: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[float, int] | None:
@@ -138,7 +148,7 @@ def _figure(column: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[float
     if entry is not None and entry["value"] is not None:
         return 100 * entry["value"], entry["n"]
     points = (report.get("details") or {}).get("points") or {}
-    return (points[column["metric"]], report["dataset"]["n"]) if column["metric"] in points else None
+    return (points[column["metric"]], _extent(column, report)[0]) if column["metric"] in points else None
 
 
 def _text(value: float | None) -> str:

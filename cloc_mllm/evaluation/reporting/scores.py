@@ -17,7 +17,7 @@ _PARTS = ("scores", "images", "classes", "weights", "keys")
 
 
 def write_scores(metrics: Mapping[str, Metric], folder: str | PathLike[str]) -> Path | None:
-    """Write the items of all metrics that have some.
+    """Write the items of all metrics that have some; where none has, a file of earlier ones is removed.
 
     Returns:
         The file; None if no metric is a mean over items.
@@ -34,9 +34,10 @@ def write_scores(metrics: Mapping[str, Metric], folder: str | PathLike[str]) -> 
             arrays[f"{name}/weights"] = metric.items.weights
         if metric.items.keys is not None:
             arrays[f"{name}/keys"] = np.array(metric.items.keys)
-    if not arrays:
-        return None
     path = Path(folder) / SCORES_FILE
+    if not arrays:
+        path.unlink(missing_ok=True)
+        return None
     np.savez_compressed(path, allow_pickle=False, **arrays)
     return path
 

@@ -42,7 +42,7 @@ class GroundingSettings(AskingSettings):
     Attributes:
         question: What is asked, with ``{phrase}`` in it; default the model's own template.
         of: The public set that the data are a split of, such as ``refcoco``: the number of expressions is then held
-            against the split's known one.
+            against the split's known one. Default what ``dataset.json`` says.
     """
 
     question: str | None = None
@@ -65,7 +65,7 @@ class GroundingSettings(AskingSettings):
 def run(options: EvalOptions) -> Outcome:
     """Ask the MLLM that a folder holds, or let the encoder search."""
     settings = settings_of(GroundingSettings, options)
-    data = load_region_split(options.data_path, split=options.split or "all", seed=options.seed)
+    data = load_region_split(options.data_path, split=options.split, seed=options.seed, kind=settings.of)
     expressions = load_expressions(data, settings.of, options.limit, options.seed)
     if model_type(options.model) == ENCODER:
         refuse_asking(options, settings)
@@ -100,13 +100,15 @@ def load_expressions(data: RegionSplit, of: str | None = None, limit: int | None
 
     Args:
         data: All images of a split.
-        of: The public set; a split of it that has fewer expressions than it should is called a subset.
+        of: The public set, default the one that the data are; a split of it that has fewer expressions than it
+            should is called a subset.
         limit: So many expressions, drawn with ``seed``; None takes all.
         seed: Of the draw.
 
     Raises:
         ClocError: There is none, the set has no such split, or there are more of them than the split has.
     """
+    of = of or (data.ref.kind if data.ref.kind in KNOWN_EXPRESSIONS else None)
     findable = [row for row, region in enumerate(data.regions) if region.unique]
     if not findable:
         raise ClocError("there is no expression that names one region alone", file=data.ref.name)

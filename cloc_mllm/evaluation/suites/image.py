@@ -204,13 +204,22 @@ def retrieve(
 
     Returns:
         R@1, 5 and 10 both ways; and the details: what was chosen from.
+
+    Raises:
+        ClocError: All images have the same caption, so there is nothing to choose from.
     """
     settings = settings or EncoderSettings()
+    captions = all_captions(split)
+    distinct, sizes = len(set(captions)), sorted({len(some) for some in split.captions})
+    if distinct < 2:
+        raise ClocError(
+            "all images have the same caption: every answer would be right",
+            file=split.ref.path,
+            remedy="Retrieval needs data with captions of their own.",
+        )
     batches = ((pictures, [split.ids[k] for k in rows]) for rows, pictures in split.pictures(settings.batch_size))
     embeds = embed_whole(encoder, batches, len(split.ids), settings)
-    captions = all_captions(split)
     metrics = image_metrics(embeds, split, TextBank(encoder, captions), settings, RECALLS)
-    distinct, sizes = len(set(captions)), sorted({len(some) for some in split.captions})
     each = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return metrics, {
         "pools": {"images": len(split.ids), "captions": f"{distinct} distinct of {len(captions)}, {each} an image"},

@@ -19,7 +19,7 @@ from cloc_mllm.data.dataset import ConversationDataset
 from cloc_mllm.data.messages import Message, region_boxes, turn_text
 from cloc_mllm.data.readers import sample_name
 from cloc_mllm.errors import ClocError
-from cloc_mllm.evaluation.encoders.region_data import draw
+from cloc_mllm.evaluation.encoders.region_data import draw, opened_path
 from cloc_mllm.evaluation.mllms.answerers import Answerer, MllmSettings, answer_record, ask_each
 from cloc_mllm.evaluation.reporting.known_splits import set_facts
 from cloc_mllm.evaluation.reporting.report import DatasetRef
@@ -89,7 +89,8 @@ def load_referring(
     total = written_questions(facts, len(dataset), path)
     name, split = Path(path).resolve().name, split or str(facts.get("split") or "all")
     drawn = seed if len(rows) < len(dataset) else None
-    ref = DatasetRef(name, split, len(rows), total, drawn, "questions", str(path), facts.get("kind"))
+    read = opened_path(path, "questions.jsonl")
+    ref = DatasetRef(name, split, len(rows), total, drawn, "questions", read, facts.get("kind"))
     return ReferringSplit(ref, [_referred(dataset, row) for row in rows], dataset)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cloc_mllm.data.importers.coco import MADE_CAPTION
 from cloc_mllm.data.prompt_templates import BARE, IMAGENET, templates_of
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.loading import load_encoder
@@ -135,17 +136,23 @@ def evaluate_regions(
         named = _named(embeds, mine, images, keys, vocabulary, classes, settings.seed) if vocabulary else {}
         parts = [[place[row] for row in pool] for pool in pools]
         by_readout[name] = named | _recalls(embeds, mine, images, parts, bank, settings.seed)
-    headline = image_metrics(read.images, split, bank, settings) | by_readout[readouts[0].name]
+    no_retrieval = _why_no_captions(split)
+    headline = {} if no_retrieval else image_metrics(read.images, split, bank, settings)
+    headline |= by_readout[readouts[0].name]
     chance = 1 / len(vocabulary.names) if vocabulary else 0.0
     alone = ("region_macc", "region_top1", "region_ensemble_top1") if vocabulary else ()
     sizes = ", ".join(str(len(pool)) for pool in pools)
     details = {
         "choices": {"made_on": "nothing", "readout": readouts[0].name},
+        "protocol": {
+            "gallery": "all" if one_gallery else "pools",
+            "categories": vocabulary.choice if vocabulary else "none",
+        },
         "protocols": PROTOCOLS if vocabulary else {},
         "readouts": by_readout,
         "baselines": {name: {"chance": chance} for name in alone},
         "pools": {
-            "image": f"{len(split.rows)} images, {len(set(all_captions(split)))} distinct captions",
+            "image": no_retrieval or f"{len(split.rows)} images, {len(set(all_captions(split)))} distinct captions",
             "region": f"all {sizes} regions, those of the same text being one item"
             if one_gallery
             else f"{len(pools)} pools of {sizes} regions with distinct texts, seed {settings.seed}",
@@ -156,6 +163,16 @@ def evaluate_regions(
     first = readouts[0].name
     records = _records(split, read.regions[first], rows[first], vocabulary, classes[0]) if vocabulary else []
     return headline, details, records
+
+
+def _why_no_captions(split: RegionSplit) -> str | None:
+    """Say why images are not retrieved by their captions; None if they are."""
+    captions = all_captions(split)
+    if len(set(captions)) < 2:
+        return "images are not retrieved: all have the same caption"
+    if len(captions) == len(split.rows) and all(caption.startswith(MADE_CAPTION) for caption in captions):
+        return "images are not retrieved: their captions are made of names, many are alike and none was written for one"
+    return None
 
 
 def _records(

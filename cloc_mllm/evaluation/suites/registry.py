@@ -13,7 +13,7 @@ from typing import Any
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.report import build_report, write_report
-from cloc_mllm.evaluation.reporting.scores import write_scores
+from cloc_mllm.evaluation.reporting.scores import SCORES_FILE, write_scores
 from cloc_mllm.evaluation.suites.options import EvalOptions
 
 _HERE = "cloc_mllm.evaluation.suites"
@@ -56,6 +56,8 @@ SUITES: dict[str, Suite] = {
 def run_suite(name: str, options: EvalOptions, command: str | None = None) -> dict[str, Any]:
     """Run a suite and write its report: ``report.json``, ``.md``, ``.html``, ``scores.npz`` and ``answers.jsonl``.
 
+    The last two are written where the suite has scores of single items and answers, and those of an earlier run go.
+
     Args:
         name: The suite.
         options: What to evaluate and on what.
@@ -84,6 +86,9 @@ def run_suite(name: str, options: EvalOptions, command: str | None = None) -> di
         unparsed=outcome.unparsed,
         details=outcome.details,
     )
+    # An earlier run's would be taken for this one's, by comparisons above all.
+    for stale in (ANSWERS_FILE, SCORES_FILE):
+        (Path(options.out) / stale).unlink(missing_ok=True)
     write_report(report, options.out)
     write_scores(outcome.metrics, options.out)
     if outcome.answers:

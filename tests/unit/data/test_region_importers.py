@@ -26,7 +26,7 @@ from cloc_mllm.data.importers.flickr30k_entities import read_sentence
 from cloc_mllm.data.importers.grit import GritSource
 from cloc_mllm.data.importers.open_images import OpenImagesSource
 from cloc_mllm.data.importers.pictures import picture_size
-from cloc_mllm.data.importers.refcoco import read_refs
+from cloc_mllm.data.importers.refcoco import RefCocoSource, read_refs
 from cloc_mllm.data.importers.visual_genome import VisualGenomeSource
 from cloc_mllm.data.inspection.check import check_data
 from cloc_mllm.data.readers import open_file, open_samples
@@ -248,12 +248,31 @@ def test_refcoco_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         UserWarning, match="references read: 1 instead of 42,404; expressions read: 2 instead of 120,624"
     ):
         _, samples = converted(tmp_path, "refcoco", *words, "--split", "train")
+    facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (facts["kind"], facts["set"], facts["split"]) == ("refcoco", "refcoco", "train")
     assert samples[0]["caption"] == "a photo of person"
     assert samples[0]["regions"] == [
         {"box": [16.0, 2.0, 26.0, 14.5], "text": text, "unique": True} for text in ("navy blue", "café man")
     ]
     assert main(["data", "convert", "refcoco", *map(str, words), "--split", "minival", "--out", str(tmp_path)]) == 2
     assert "has no references of the split 'minival': it has train, val" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folder", "partition", "split", "name"),
+    [
+        ("refcoco", "unc", "val", "refcoco"),
+        ("refcoco+", "unc", "val", "refcoco+"),
+        ("refcocog", "umd", "val", "refcocog"),
+        ("refcocog", "google", "val", "refcocog (google)"),
+        ("mine", "unc", "val", None),
+    ],
+)
+def test_refcoco_says_which_of_the_three_it_is(
+    tmp_path: Path, folder: str, partition: str, split: str, name: str | None
+) -> None:
+    source = RefCocoSource(tmp_path / folder / f"refs({partition}).p", None, split)
+    assert source.stated() == ({"set": name} if name else {}) | {"split": split}
 
 
 class Evil:

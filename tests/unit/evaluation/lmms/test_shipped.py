@@ -58,7 +58,8 @@ def test_pope(tmp_path: Path) -> None:
     low, high = metrics["pope/pope_accuracy"].ci95
     assert low < 0.6 < high
     assert details["without_interval"]["pope/pope_f1_score"] == "not a mean over questions"
-    assert dataset_of(found).split == "pope [a copy of 5, the published split has 9000]"
+    named = "pope [a copy of 5, the published split has 9000]: a subset (5 of 9000 questions)"
+    assert dataset_of(found).label == named
     assert "yes." in details["tasks"]["pope"]["note"]
     assert [answer["answer"] for answer in answers_of(found)] == ["Yes", "yes", "no", "yes", "No"]
 

@@ -51,9 +51,9 @@ def test_a_report_of_two_benchmarks(checkpoint: str, tmp_path: Path, capsys: pyt
     assert report["dataset"] == {
         "name": "lmms-eval",
         "split": "mme [a copy of 2, the published split has 2374], pope (the first 2 of 3) "
-        "[a copy of 3, the published split has 9000]",
+        "[a copy of 3, the published split has 9000]: a subset (4 of 11374 questions)",
         "n": 4,
-        "of": 4,
+        "of": 11_374,
         "unit": "questions",
     }
     assert report["metrics"]["pope/pope_accuracy"] == {"value": 0.0, "ci95": [0.0, 0.0], "n": 2}
@@ -173,5 +173,5 @@ def test_a_split_is_named_by_what_was_asked() -> None:
     full = Found({}, {"pope": [sample(k, "a") for k in range(9000)]}, {"pope": 9000}, {}, "0")
     assert dataset_of(full).label == "pope"
     part = Found({}, {"pope": full.samples["pope"][:5], "mine": [sample(0, "a")]}, {"pope": 9000, "mine": 1}, {}, "0")
-    assert dataset_of(part).label == "pope (the first 5 of 9000), mine"
-    assert dataset_of(part).n == 6
+    assert dataset_of(part).label == "pope (the first 5 of 9000), mine: a subset (6 of 9001 questions)"
+    assert (dataset_of(part).n, dataset_of(part).total) == (6, 9001)

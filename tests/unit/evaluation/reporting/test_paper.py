@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,30 +13,44 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.reporting.paper import find_reports, lay_out, paper_tables
 from cloc_mllm.evaluation.suites.registry import SUITES
 
+ALL_OF_THEM = {"gallery": "all", "categories": "known"}
+
 
 def write(
-    folder: Path, suite: str, name: str, split: str, metrics: dict[str, float], n: int = 10, of: int = 10
+    folder: Path,
+    suite: str,
+    name: str,
+    split: str,
+    metrics: dict[str, float],
+    n: int = 10,
+    of: int = 10,
+    kind: str | None = None,
+    details: dict[str, Any] | None = None,
 ) -> Path:
     folder.mkdir(parents=True)
     report = {
         "suite": suite,
         "model": "runs/mine",
-        "dataset": {"name": name, "split": split, "n": n, "of": of, "unit": "questions"},
+        "dataset": {"name": name, "split": split, "n": n, "of": of, "unit": "questions"}
+        | ({"kind": kind} if kind else {}),
         "metrics": {key: {"value": value, "ci95": [0, 1], "n": n} for key, value in metrics.items()},
+        "details": {"protocol": ALL_OF_THEM} if details is None else details,
     }
     (folder / "report.json").write_text(json.dumps(report))
     return folder
 
 
 def cells(folder: Path, table: int) -> dict[str, str]:
-    """Return our row of a table by column."""
+    """Return our row of a table by column; nothing where we have none."""
     found = lay_out(find_reports([folder]))[table]
+    if not found["rows"][-1]["ours"]:
+        return {}
     return dict(zip(paper_tables()[table]["columns"], found["rows"][-1]["cells"], strict=True))
 
 
 def test_the_papers_figures_fit_its_columns() -> None:
     tables = paper_tables()
-    assert len(tables) == 5
+    assert len(tables) == 4, "of five: the two of general questions are one"
     for table in tables:
         for values in table["paper"].values():
             assert set(values) <= set(table["columns"])
@@ -99,13 +114,69 @@ def test_two_reports_for_one_cell_are_refused_and_the_larger_wins(tmp_path: Path
         cells(tmp_path, 0)
 
 
-def test_the_command_writes_all_five_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("table", "suite", "set_", "split", "metric", "protocol"),
+    [
+        (0, "image", ("coco", "coco"), "train2017", "image_i2t_r1", {}),
+        (0, "image", ("refcoco", "coco"), "testA", "image_i2t_r1", {}),
+        (0, "image", ("imagenet", "imagenet-v2"), "top-images", "image_top1", {}),
+        (0, "region", ("coco", "coco"), "train2017", "region_macc", ALL_OF_THEM),
+        (0, "region", ("coco", "coco"), "val2017", "region_macc", {"gallery": "all", "categories": "occurring"}),
+        (0, "region", ("refcoco", "coco"), "val2017", "region_macc", ALL_OF_THEM),
+        (0, "region", ("lvis", "lvis"), "lvis_v1_train", "region_macc", ALL_OF_THEM),
+        (0, "region", ("grit", "grit"), "all", "region_r2t_r10", {"gallery": "pools", "categories": "none"}),
+        (0, "region", ("grit", "grit"), "all", "region_t2r_r10", {}),
+        (2, "grounding", ("refcoco (google)", "refcoco"), "val", "grounding_acc50", {}),
+        (2, "grounding", (None, "refcoco_testA"), "testA", "grounding_acc50", {}),
+    ],
+)
+def test_what_was_measured_otherwise_fills_no_cell(
+    tmp_path: Path,
+    table: int,
+    suite: str,
+    set_: tuple[str | None, str],
+    split: str,
+    metric: str,
+    protocol: dict[str, str],
+) -> None:
+    kind, name = set_
+    write(tmp_path / "a", suite, name, split, {metric: 0.5}, kind=kind, details={"protocol": protocol})
+    assert cells(tmp_path, table) == {}
+
+
+@pytest.mark.parametrize(("kind", "column"), [("refcoco", "ra"), ("refcoco+", "pa"), ("refcocog", None)])
+def test_the_three_refcocos_are_told_apart_by_their_kind(tmp_path: Path, kind: str, column: str | None) -> None:
+    write(tmp_path / "a", "grounding", "refcoco", "testA", {"grounding_acc50": 0.5}, kind=kind)
+    filled = {key for key, cell in cells(tmp_path, 2).items() if cell != "–"}
+    assert filled == ({column} if column else set())
+
+
+def test_karpathys_test_split_is_coco(tmp_path: Path) -> None:
+    write(tmp_path / "a", "image", "mine", "test", {"image_i2t_r1": 0.5}, kind="coco-karpathy")
+    assert {key for key, cell in cells(tmp_path, 0).items() if cell == "50.0"} == {"i2t"}
+
+
+def test_of_several_tasks_each_is_marked_by_its_own_questions(tmp_path: Path) -> None:
+    """One suite asks several benchmarks: a part of one leaves the other whole, and a small copy is a part."""
+    tasks = {
+        "gqa": {"n": 12_578, "of": 12_578, "published_split": 12_578},
+        "pope": {"n": 10, "of": 9_000, "published_split": 9_000},
+        "textvqa_val": {"n": 100, "of": 100, "published_split": 5_000},
+    }
+    metrics = {"gqa/exact_match": 0.5, "pope/pope_f1_score": 0.5, "textvqa_val/exact_match": 0.5}
+    label = "gqa, pope (the first 10 of 9000), …: a subset (12688 of 26578 questions)"
+    write(tmp_path / "a", "vqa", "lmms-eval", label, metrics, 12_688, 26_578, details={"tasks": tasks})
+    found = cells(tmp_path, 3)
+    assert (found["gqa"], found["pope"], found["textvqa"]) == ("50.0", "50.0*", "50.0*")
+
+
+def test_the_command_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "runs" / "coco", "region", "coco", "val2017", {"region_macc": 0.5})
     assert main(["eval", "paper", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert "Table 2: images and regions: 1 cells of ours" in capsys.readouterr().out
     text = (tmp_path / "out" / "paper.md").read_text()
-    assert text.count("## ") == 5
-    assert text.count("Nothing of ours was run.") == 4
+    assert text.count("## ") == 4
+    assert text.count("Nothing of ours was run.") == 3
     assert "<table>" in (tmp_path / "out" / "paper.html").read_text()
     assert main(["eval", "paper", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "there is no such folder" in capsys.readouterr().err

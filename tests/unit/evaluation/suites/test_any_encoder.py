@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cloc_mllm.data.importers.coco import convert_coco
 from cloc_mllm.data.labelled import LabelledImages
 from cloc_mllm.data.prompt_templates import IMAGENET, templates_of
+from cloc_mllm.data.readers import data_files
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.detection_truth import read_truth
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings
-from cloc_mllm.evaluation.encoders.region_data import load_region_split
+from cloc_mllm.evaluation.encoders.region_data import load_region_split, opened_path
 from cloc_mllm.evaluation.encoders.vocabulary import OV_COCO_BASE, OV_COCO_NOVEL, read_vocabulary
 from cloc_mllm.evaluation.encoders.zero_shot import class_embeddings
+from cloc_mllm.evaluation.reporting.gallery import Pictures, read_answers
 from cloc_mllm.evaluation.reporting.known_splits import known_total
 from cloc_mllm.evaluation.suites.detection import DetectionSettings, evaluate_detection
 from cloc_mllm.evaluation.suites.image import class_names, classify, retrieve
@@ -130,10 +133,61 @@ def test_a_part_of_a_known_split_is_not_called_by_its_name(tmp_path: Path) -> No
     data = write_regions(tmp_path / "a", kind="coco", split="val2017")
     assert load_region_split(data).ref.label == "val2017 subset (8 of 5000 images)"
     assert load_region_split(data, limit=3, seed=5).ref.label == "val2017 subset (3 of 5000 images, seed 5)"
-    assert load_region_split(data, split="mine").ref.label == "mine"
-    assert load_region_split(data, split="test", kind="flickr30k").ref.label == "test subset (8 of 1000 images)"
+    entities = write_regions(tmp_path / "b", kind="flickr30k-entities", split="test")
+    assert load_region_split(entities, kind="flickr30k").ref.label == "test subset (8 of 1000 images)"
+    free = write_regions(tmp_path / "c", kind="grit")
+    assert load_region_split(free, split="mine").ref.label == "mine"
     with pytest.raises(ClocError, match=r"5,001 images, and the split 'val2017' of coco has 5,000"):
         known_total("coco", "val2017", 5001)
+
+
+def test_what_data_are_is_not_what_a_person_calls_them(tmp_path: Path) -> None:
+    def complaint(data: Path, **said: str) -> str:
+        with pytest.raises(ClocError) as caught:
+            load_region_split(data, **said)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    train = write_regions(tmp_path / "a", kind="coco", split="train2017")
+    assert "the split 'train2017' of coco, dataset.json says, and not 'val2017'" in complaint(train, split="val2017")
+    assert "and not 'test'" in complaint(train, split="test", kind="coco-karpathy")
+    assert "coco-karpathy has no split 'train2017'" in complaint(train, kind="coco-karpathy")
+    assert "of coco, dataset.json says, and not of lvis" in complaint(train, kind="lvis")
+    unstated = write_regions(tmp_path / "b", kind="coco")
+    assert load_region_split(unstated).ref.label == "all"
+    karpathy = load_region_split(unstated, split="test", kind="coco-karpathy")
+    assert karpathy.ref.label == "test subset (8 of 5000 images)"
+    assert "coco has no split 'mine'. It has train2017, val2017," in complaint(unstated, split="mine")
+
+
+def test_regions_are_drawn_on_the_picture_they_are_of(cloc: str, tmp_path: Path) -> None:
+    """Questions about the same pictures lie beside the regions, in another order."""
+    data = write_regions(tmp_path / "data")
+    names = [json.loads(line)["image"] for line in (data / "regions.jsonl").read_text().splitlines()]
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": "?"}]}
+        for name in reversed(names)
+    ]
+    (data / "questions.jsonl").write_text(
+        "".join(json.dumps({"id": str(k), "messages": [turn]}) + "\n" for k, turn in enumerate(turns))
+    )
+    report = run_suite("region", EvalOptions(cloc, str(data), str(tmp_path / "out"), settings={"templates": "bare"}))
+    pictures = Pictures(report["dataset"]["path"])
+    records = read_answers(tmp_path / "out")
+    assert {record["row"] for record in records} == set(range(8))
+    for record in records:
+        with Image.open(data / names[record["row"]]) as own:
+            assert pictures(record).tobytes() == own.convert("RGB").tobytes()
+
+
+def test_shards_are_opened_as_they_were_read(tmp_path: Path) -> None:
+    folder = tmp_path / "a [b]"
+    folder.mkdir()
+    for name in ("0.tar", "1.tar"):
+        (folder / name).write_bytes(b"")
+    (folder / "questions.jsonl").write_text("{}\n")
+    assert data_files(opened_path(folder)) == data_files(folder) == [folder / "0.tar", folder / "1.tar"]
+    assert opened_path(folder, "questions.jsonl") == str(folder / "questions.jsonl")
+    assert opened_path(folder / "1.tar") == str(folder / "1.tar")
 
 
 # --- region ------------------------------------------------------------------------------------------------------
@@ -221,6 +275,25 @@ def test_retrieval_equals_brute_force(tmp_path: Path, captions: int) -> None:
         assert metrics[f"image_t2i_r{k}"].value == pytest.approx(np.mean(t2i))
     assert metrics["image_t2i_r1"].n == 8 * captions
     assert details["pools"]["captions"] == f"{8 * captions} distinct of {8 * captions}, {captions} an image"
+
+
+@pytest.mark.parametrize("captions", [["a picture"] * 8, [f"a photo of {NAMES[k % 4]}" for k in range(8)]])
+def test_captions_that_tell_no_image_are_not_retrieved(tmp_path: Path, captions: list[str]) -> None:
+    """All alike, every encoder would be right; made of the regions' names, they were written for no image."""
+    data = write_regions(tmp_path / "a")
+    samples = [json.loads(line) for line in (data / "regions.jsonl").read_text().splitlines()]
+    for sample, caption in zip(samples, captions, strict=True):
+        del sample["captions"]
+        sample["caption"] = caption
+    (data / "regions.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    split = load_region_split(data)
+    encoder = TruthEncoder([split])
+    metrics, details, _ = evaluate_regions(encoder, [TruthReadout(encoder)], split, QUIET)
+    assert not [name for name in metrics if name.startswith("image")]
+    assert details["pools"]["image"].startswith("images are not retrieved: ")
+    if len(set(captions)) == 1:
+        with pytest.raises(ClocError, match="all images have the same caption"):
+            retrieve(RandomEncoder(), split, QUIET)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,37 @@ def test_a_part_of_a_known_split_is_not_called_by_its_name(expressions: Path) ->
         known_size("refcoco", "val", 10_835)
     with pytest.raises(ClocError, match="no splits are known of 'refclef'"):
         GroundingSettings(of="refclef")
+
+
+def test_the_set_and_the_split_are_those_of_the_data(expressions: Path, mllm_folder: Path, tmp_path: Path) -> None:
+    """As `data convert refcoco` writes them; what a person says otherwise is an error."""
+    data = tmp_path / "data"
+    shutil.copytree(expressions, data)
+
+    def stated(**facts: str) -> None:
+        (data / "dataset.json").write_text(json.dumps({"kind": "refcoco", **facts}))
+
+    def asked(split: str | None = None, **settings: str) -> dict[str, Any]:
+        options = EvalOptions(
+            str(mllm_folder), str(data), str(tmp_path / "out"), split, limit=1, max_new_tokens=1, settings=settings
+        )
+        return run_suite("grounding", options)["dataset"]
+
+    stated(set="refcoco+", split="testA")
+    for found in (asked(), asked("testA", of="refcoco+")):
+        assert found["split"] == "testA subset (1 of 5726 expressions, seed 0)"
+        assert (found["name"], found["kind"]) == ("refcoco+", "refcoco+")
+    with pytest.raises(ClocError, match=r"the split 'testA' of refcoco\+, dataset.json says, and not 'val'"):
+        asked("val")
+    with pytest.raises(ClocError, match=r"of refcoco\+, dataset.json says, and not of refcoco\."):
+        asked(of="refcoco")
+    stated(set="refcoco (google)", split="val")
+    assert asked()["split"] == "val subset (1 of 10 expressions, seed 0)"
+    with pytest.raises(ClocError, match=r"of refcoco \(google\), dataset.json says, and not of refcoco\."):
+        asked(of="refcoco")
+    stated()  # from the hub's files: a person has to say which
+    assert asked()["split"].startswith("all subset")
+    assert asked("val", of="refcoco")["split"] == "val subset (1 of 10834 expressions, seed 0)"
 
 
 def test_a_real_model_is_asked(expressions: Path, mllm_folder: Path, tmp_path: Path) -> None:

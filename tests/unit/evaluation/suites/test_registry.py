@@ -16,6 +16,8 @@ from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.encoders.measure import EncoderSettings
 from cloc_mllm.evaluation.encoders.region_data import load_region_split
 from cloc_mllm.evaluation.encoders.vocabulary import read_vocabulary
+from cloc_mllm.evaluation.reporting.scores import write_scores
+from cloc_mllm.evaluation.scoring.metrics import Metric
 from cloc_mllm.evaluation.suites.detection import DetectionSettings
 from cloc_mllm.evaluation.suites.grounding import GroundingSettings
 from cloc_mllm.evaluation.suites.options import (
@@ -74,7 +76,7 @@ def test_scenes_suite_measures_an_encoder(
         "n": 12,
         "of": 40,
         "unit": "images",
-        "path": str(scenes_folder / "test"),
+        "path": str(scenes_folder / "test" / "regions.jsonl"),
         "seed": 0,
     }
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "scores.npz"}
@@ -152,6 +154,19 @@ def test_the_same_seed_gives_the_same_numbers(
     assert numbers(2) != first
 
 
+def test_nothing_of_an_earlier_run_is_taken_for_this_ones(
+    checkpoints: dict[str, Path], region_data: Path, tmp_path: Path
+) -> None:
+    run_suite("region", EvalOptions(str(checkpoints["cloc"]), str(region_data), str(tmp_path), method="crop"))
+    (tmp_path / "judge.jsonl").write_text("{}\n")
+    assert (tmp_path / "answers.jsonl").is_file()
+    run_suite("image", EvalOptions(str(checkpoints["cloc"]), str(region_data), str(tmp_path)))
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert (tmp_path / "judge.jsonl").is_file(), "Ferret-Bench goes on with it"
+    assert write_scores({"points": Metric(0.5, (0.4, 0.6), 3)}, tmp_path) is None
+    assert not (tmp_path / "scores.npz").exists()
+
+
 # --- YAML and bad input --------------------------------------------------------------------------------------------
 
 
@@ -160,6 +175,8 @@ def test_shipped_suites_can_be_read(path: Path) -> None:
     name, options = options_from_yaml(path, ["model=m", "data=d", "out=o", "limit=5"])
     assert name in SUITES
     assert (options.model, options.data, options.out, options.limit) == ("m", "d", "o", 5)
+    if name in ("region", "detection", "grounding"):
+        assert options.split is None, "dataset.json says which split the data are"
 
 
 def test_the_command_in_a_report_can_be_pasted(
