@@ -43,11 +43,18 @@ def add_parser(subparsers: Any) -> None:
     compare.set_defaults(run=run_compare)
     paper = suites.add_parser(
         "paper",
-        help="the paper's tables, its figures beside those of your reports",
+        help="the paper's five tables, its figures beside those of your reports",
         epilog="example:\n  cloc-mllm eval paper runs/cloc runs/clip --out runs/paper",
         formatter_class=raw,
     )
     paper.add_argument("reports", nargs="*", metavar="DIR", help="folders with reports of suites, at any depth")
+    paper.add_argument(
+        "--open-llava-next",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders with reports of models that were tuned by that recipe, for the fifth table",
+    )
     paper.add_argument("--out", required=True, metavar="DIR", help="folder for paper.md, .html and .json")
     paper.set_defaults(run=run_paper)
 
@@ -133,7 +140,7 @@ def run_paper(args: argparse.Namespace) -> int:
     from cloc_mllm.apps.outputs import prepare_output_folder
     from cloc_mllm.evaluation.reporting.paper import write_paper
 
-    for table in write_paper(args.reports, prepare_output_folder(args.out)):
+    for table in write_paper(args.reports, prepare_output_folder(args.out), args.open_llava_next):
         filled = sum(cell != "–" for row in table["rows"] if row["ours"] for cell in row["cells"])
         print(f"{table['title']}: {filled} cells of ours")
     print(f"{args.out}/paper.md")

@@ -50,11 +50,15 @@ def find_reports(folders: Iterable[str | PathLike[str]]) -> list[tuple[Path, dic
     return found
 
 
-def lay_out(reports: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def lay_out(
+    reports: Sequence[tuple[Path, Mapping[str, Any]]], tiled: Sequence[tuple[Path, Mapping[str, Any]]] = ()
+) -> list[dict[str, Any]]:
     """Fill the paper's tables.
 
     Args:
         reports: Where each stands, and what it says.
+        tiled: Those of models that were tuned by Open-LLaVA-NeXT's recipe (anyres), which no report says: of the two
+            tables of general questions they fill the second, all others the first.
 
     Returns:
         For each table ``title``, ``columns`` (titles), ``rows`` (``name``, ``ours``, ``cells``: text) and ``notes``.
@@ -65,13 +69,14 @@ def lay_out(reports: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[str,
     tables = []
     for table in paper_tables():
         columns = table["columns"]
+        mine = {"llava-1.5": [*reports], "open-llava-next": [*tiled]}.get(str(table.get("recipe")), [*reports, *tiled])
         rows = [
             {"name": name, "ours": False, "cells": [_text(values.get(key)) for key in columns]}
             for name, values in table["paper"].items()
         ]
         notes: list[str] = []
-        for model in dict.fromkeys(str(report["model"]) for _, report in reports):
-            cells = _cells(columns, [item for item in reports if str(item[1]["model"]) == model], notes)
+        for model in dict.fromkeys(str(report["model"]) for _, report in mine):
+            cells = _cells(columns, [item for item in mine if str(item[1]["model"]) == model], notes)
             if any(cell != _EMPTY for cell in cells):
                 rows.append({"name": model, "ours": True, "cells": cells})
         titles = [column["title"] for column in columns.values()]
@@ -155,12 +160,17 @@ def _text(value: float | None) -> str:
     return _EMPTY if value is None else f"{value:.1f}"
 
 
-def write_paper(folders: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> list[dict[str, Any]]:
+def write_paper(
+    folders: Sequence[str | PathLike[str]],
+    out: str | PathLike[str],
+    tiled: Sequence[str | PathLike[str]] = (),
+) -> list[dict[str, Any]]:
     """Write ``paper.md``, ``paper.html`` and ``paper.json``.
 
     Args:
         folders: Where reports of suites are; those below are found too.
         out: Folder to write to; made if missing.
+        tiled: Where those of models tuned by Open-LLaVA-NeXT's recipe are.
 
     Returns:
         The tables.
@@ -168,7 +178,7 @@ def write_paper(folders: Sequence[str | PathLike[str]], out: str | PathLike[str]
     Raises:
         ClocError: See :func:`find_reports` and :func:`lay_out`.
     """
-    tables = lay_out(find_reports(folders))
+    tables = lay_out(find_reports(folders), find_reports(tiled))
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     (target / "paper.json").write_text(
