@@ -94,7 +94,8 @@ def write_shard(
                 raise_first(region_text_problems(sample, size), raw.file, raw.name)
                 writer.write({**sample, "image": raw.stored()})
             except ClocError as error:  # a writer raises it before it has written anything of the sample
-                refusals.append(refused(raw, error))
+                # The writer names where it writes; what can be mended is where the sample came from.
+                refusals.append(refused(raw, ClocError(error.problem, remedy=error.remedy)))
                 if config.on_bad_sample == "error":
                     raise problem_of(refusals[-1]) from error
                 continue

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageFile
 
 from cloc_mllm.errors import ClocError
 from cloc_mllm.evaluation.lmms.benchmarks import BENCHMARKS, JUDGED, MEANS, SHEETS, needs_judge
@@ -122,6 +123,17 @@ def require_lmms_eval() -> None:
         )
 
 
+@contextmanager
+def _pillow_as_it_was() -> Iterator[None]:
+    """Undo what the import of lmms-eval sets for the whole process: pictures that are cut off are read as if whole."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@_pillow_as_it_was()
 def evaluate_here(run: Run, predictor: Any = None) -> Found | None:
     """Run an evaluation in this process, which may be one of several.
 
@@ -172,6 +184,7 @@ def evaluate_here(run: Run, predictor: Any = None) -> Found | None:
     return None if results is None else _reduced(results)
 
 
+@_pillow_as_it_was()
 def find_tasks(run: Run) -> tuple[Any, list[str]]:
     """Find tasks by their names, without reading all of lmms-eval's 1,900 files where that can be helped.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import ImageFile
 
 from cloc_mllm.data.messages import image_items
 from cloc_mllm.inference.predictor import Predictor
@@ -61,3 +62,11 @@ def predictor() -> Predictor:
 @pytest.fixture
 def out(tmp_path: Path) -> str:
     return str(tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def pillow_as_it_was() -> Iterator[None]:
+    """The import of lmms-eval changes how Pillow reads, for all tests that come after in this process."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    yield
+    ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import ImageFile
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
 
@@ -175,3 +176,11 @@ def test_a_split_is_named_by_what_was_asked() -> None:
     part = Found({}, {"pope": full.samples["pope"][:5], "mine": [sample(0, "a")]}, {"pope": 9000, "mine": 1}, {}, "0")
     assert dataset_of(part).label == "pope (the first 5 of 9000), mine: a subset (6 of 9001 questions)"
     assert (dataset_of(part).n, dataset_of(part).total) == (6, 9001)
+
+
+def test_pictures_that_are_cut_off_stay_faults(tmp_path: Path) -> None:
+    """The import of lmms-eval lets Pillow read them as if they were whole, in the whole process."""
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with pytest.raises(ClocError, match="no task 'none'"):
+        runs.find_tasks(runs.Run(model="m", tasks=("none",), out=str(tmp_path), include_path=str(tmp_path)))
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
