@@ -29,6 +29,17 @@ Placed = tuple[Sample, Path | None]
 """A sample, and the folder that its relative image paths start from."""
 
 
+def require_positive(options: object, *names: str) -> None:
+    """Refuse options that count something and are less than one.
+
+    Raises:
+        ClocError: One is; it is named.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ClocError(f"{name} is {getattr(options, name)}", remedy="Give at least 1.")
+
+
 @dataclass(frozen=True)
 class ShardedOutput:
     """Where and how samples are written.

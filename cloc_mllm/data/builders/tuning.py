@@ -24,7 +24,7 @@ from cloc_mllm.data.builders.turns import KINDS, Asker, Choices
 from cloc_mllm.data.messages import Message
 from cloc_mllm.data.readers import Sample, SampleSource, data_files, open_samples, resolve_image, sample_name
 from cloc_mllm.data.schema import kind_of, raise_first, region_text_problems
-from cloc_mllm.data.sharded_output import Placed, ShardedOutput
+from cloc_mllm.data.sharded_output import Placed, ShardedOutput, require_positive
 from cloc_mllm.errors import ClocError
 
 MIXED = "mixed"
@@ -83,9 +83,7 @@ class BuildOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("limit", "shard", "workers"):
-            if getattr(self, name) < 1:
-                raise ClocError(f"{name} is {getattr(self, name)}", remedy="Give at least 1.")
+        require_positive(self, "limit", "shard", "workers")
         if self.choices.max_boxes < 2:
             raise ClocError(f"max_boxes is {self.choices.max_boxes}", remedy="Several boxes are at least 2.")
         if unknown := sorted(set(self.weights) - set(KINDS)):

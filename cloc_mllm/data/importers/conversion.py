@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from cloc_mllm.data.importers.annotation_index import AnnotationIndex, Event
 from cloc_mllm.data.importers.pictures import picture_in, picture_size
 from cloc_mllm.data.schema import cleaned
-from cloc_mllm.data.sharded_output import Placed, ShardedOutput
+from cloc_mllm.data.sharded_output import Placed, ShardedOutput, require_positive
 from cloc_mllm.errors import ClocError
 
 COUNTS = (
@@ -68,9 +68,7 @@ class ConvertOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("shard", "workers"):
-            if getattr(self, name) < 1:
-                raise ClocError(f"{name} is {getattr(self, name)}", remedy="Give at least 1.")
+        require_positive(self, "shard", "workers")
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> ConvertOptions:
