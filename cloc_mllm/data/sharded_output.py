@@ -29,15 +29,15 @@ Placed = tuple[Sample, Path | None]
 """A sample, and the folder that its relative image paths start from."""
 
 
-def require_positive(options: object, *names: str) -> None:
+def require_positive(**counts: int) -> None:
     """Refuse options that count something and are less than one.
 
     Raises:
         ClocError: One is; it is named.
     """
-    for name in names:
-        if getattr(options, name) < 1:
-            raise ClocError(f"{name} is {getattr(options, name)}", remedy="Give at least 1.")
+    for name, count in counts.items():
+        if count < 1:
+            raise ClocError(f"{name} is {count}", remedy="Give at least 1.")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class BuildOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        require_positive(self, "limit", "shard", "workers")
+        require_positive(limit=self.limit, shard=self.shard, workers=self.workers)
         if self.choices.max_boxes < 2:
             raise ClocError(f"max_boxes is {self.choices.max_boxes}", remedy="Several boxes are at least 2.")
         if unknown := sorted(set(self.weights) - set(KINDS)):

@@ -26,7 +26,7 @@ from cloc_mllm.data.importers.json_stream import stream_items
 from cloc_mllm.data.importers.pictures import Pictures
 from cloc_mllm.data.readers import SampleSource, open_file, sample_name
 from cloc_mllm.data.schema import cleaned, conversation_problems, raise_first
-from cloc_mllm.data.sharded_output import Placed, ShardedOutput
+from cloc_mllm.data.sharded_output import Placed, ShardedOutput, require_positive
 from cloc_mllm.errors import ClocError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -157,9 +157,7 @@ def convert_conversations(
         ClocError: A file that cannot be read or written; without "skip", a bad sample, by name; options that make no
             sense.
     """
-    for name, value in (("shard", shard), ("workers", workers)):
-        if value < 1:
-            raise ClocError(f"{name} is {value}", remedy="Give at least 1.")
+    require_positive(shard=shard, workers=workers)
     src, out = Path(src), Path(out)
     _check_kind(src)
     if not src.is_file():

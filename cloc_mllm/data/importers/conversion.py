@@ -68,7 +68,7 @@ class ConvertOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        require_positive(self, "shard", "workers")
+        require_positive(shard=self.shard, workers=self.workers)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> ConvertOptions:
